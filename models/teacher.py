@@ -1,0 +1,68 @@
+"""The network whose softmax is the student's target."""
+
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import nn
+
+from models.loading import network_from_checkpoint
+from utils.checkpoint import load_strictly, read_checkpoint
+from utils.errors import InputError
+
+
+def load_teacher(
+    name: str | None,
+    weights_file: str | None,
+    num_classes: int,
+    image_size: int,
+    device: torch.device,
+) -> nn.Module | None:
+    """The teacher in eval mode and without gradients, or None where labels are the target.
+
+    Args:
+        name: a torchvision network (its pretrained weights are downloaded by torchvision), the
+            path of a checkpoint trained by this repo, or None.
+        weights_file: state dict for the torchvision network, in place of the download.
+        num_classes: of the data; the teacher must have as many.
+        image_size: of the data; pixels, height and width.
+
+    Raises:
+        InputError: unknown name, no download, a file that does not fit, or another class count.
+    """
+    if name is None:
+        return None
+    if name in torchvision.models.list_models(torchvision.models):
+        teacher = _torchvision_network(name, weights_file)
+    elif Path(name).exists():
+        teacher = network_from_checkpoint(Path(name))
+    else:
+        raise InputError(
+            f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
+        )
+    teacher = teacher.to(device).eval().requires_grad_(False)
+    with torch.no_grad():
+        classes = teacher(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+    if classes != num_classes:
+        raise InputError(
+            f"the teacher {name} has {classes} classes and the data {num_classes}: pass a --teacher"
+            " trained on this data, or --teacher none to train on labels"
+        )
+    return teacher
+
+
+def _torchvision_network(name: str, weights_file: str | None) -> nn.Module:
+    if weights_file is not None:
+        state = read_checkpoint(Path(weights_file))["state_dict"]
+        *_, last_bias = state.values()
+        teacher = torchvision.models.get_model(name, weights=None, num_classes=len(last_bias))
+        load_strictly(teacher, state, weights_file)
+        return teacher
+    try:
+        return torchvision.models.get_model(name, weights="DEFAULT")
+    except (URLError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"cannot download the weights of {name} ({error}):"
+            " pass --teacher_checkpoint with a file of them"
+        ) from error

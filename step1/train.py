@@ -1,0 +1,79 @@
+"""Step 1: train with binary activations and real-valued weights, with weight decay, from scratch.
+
+The network keeps its real-valued weights, so that weight decay can do what it does well, keep the
+optimization stable; step 2 then starts from what is found here and binarizes the weights as well.
+Every option below is a line of config.yaml or has a default.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models import build_model
+from models.teacher import load_teacher
+from utils import engine
+from utils.checkpoint import load_initial_weights, resume, save_epoch
+from utils.config import Config, parse_config
+from utils.data import open_images, train_loader, val_loader
+from utils.distributed import Process, broadcast_buffers, distribute, training_process
+from utils.errors import command
+from utils.optim import build_adam, describe_groups, learning_rate, set_learning_rate
+from utils.runlog import RunLog, epoch_record
+
+
+@command
+def main() -> None:
+    config = parse_config(Path(__file__).with_name("config.yaml"), description=__doc__)
+    with training_process() as process:
+        train(config, process)
+
+
+def train(config: Config, process: Process) -> None:
+    device = process.device
+    train_images, val_images = open_images(config, process)
+    train_batches = train_loader(train_images, config, process)
+    val_batches = val_loader(val_images, config, process)
+    classes = len(train_images.classes)
+
+    torch.manual_seed(config.seed)
+    student = build_model(config.model, num_classes=classes, **config.network_options())
+    start = load_initial_weights(student, config.init_from) if config.init_from else "scratch"
+    student.to(device)
+    teacher = load_teacher(
+        config.teacher, config.teacher_checkpoint, classes, config.image_size, device
+    )
+    optimizer = build_adam(student, config.learning_rate, config.weight_decay, config.decay_group)
+
+    history = resume(config, student, optimizer)
+    model = distribute(student, process, config.sync_bn)
+    with RunLog(config, process, first_epoch=len(history)) as log:
+        log.opening(config, process, start, describe_groups(optimizer), history)
+        for epoch in range(len(history), config.epochs):
+            rate = learning_rate(epoch, config.learning_rate, config.epochs, config.schedule)
+            set_learning_rate(optimizer, rate)
+            train_batches.batch_sampler.epoch = epoch
+            trained = engine.train_one_epoch(
+                model,
+                teacher,
+                train_batches,
+                optimizer,
+                device,
+                config.label_smoothing,
+                log.progress(f"epoch {epoch} train"),
+            )
+            broadcast_buffers(student)
+            validated = engine.validate(
+                student, val_batches, device, log.progress(f"epoch {epoch} val")
+            )
+            history.append(epoch_record(epoch, rate, trained, validated))
+            if process.is_main:
+                save_epoch(config, student, optimizer, history)
+            log.epoch(history)
+        log.closing(history)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Checkpoints: written whole or not at all, read as data only, loaded strictly.
+
+A checkpoint has the released keys, `epoch` (0-based, the last one finished), `state_dict`,
+`best_top1_acc` and `optimizer`, and what an exact continuation needs besides: `config`, `rng` and
+`history`, the record of each epoch so far.
+"""
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.config import Config
+from utils.errors import InputError
+
+NEWEST = "checkpoint.pth.tar"
+BEST = "model_best.pth.tar"
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Let `write` fill a file that then replaces `path`; on any failure `path` stays as it was.
+
+    Raises:
+        InputError: the file system refuses (no space, no permission).
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with unfinished.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU; nothing in the file is executed.
+
+    A bare state dict counts as a checkpoint of that alone; the `module.` that DataParallel puts
+    before each key is taken off.
+
+    Raises:
+        InputError: no such file, truncated, not a checkpoint, or more than data.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"checkpoint {path} does not exist") from error
+    except OSError as error:
+        raise InputError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    except pickle.UnpicklingError as error:
+        if "Unsupported global" in str(error):
+            raise InputError(
+                f"{path} is refused: it names code to run, and a checkpoint is read as data only"
+            ) from error
+        raise InputError(f"{path} is not a checkpoint") from error
+    except Exception as error:  # a damaged archive raises whatever its bytes happen to mean
+        raise InputError(
+            f"{path} is damaged or truncated ({type(error).__name__}): fetch or write it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    if "state_dict" not in content:
+        content = {"state_dict": content}
+    state = content["state_dict"]
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
+        raise InputError(f"{path} is not a checkpoint: it has no state_dict of tensors")
+    return content | {"state_dict": {key.removeprefix("module."): state[key] for key in state}}
+
+
+def file_digest(path: Path) -> str:
+    """The first 16 hexadecimal digits of the file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load every tensor of `model` from `state`, in which nothing may be missing or left over.
+
+    Raises:
+        InputError: names the first keys that do not fit.
+    """
+    own = model.state_dict()
+    problems = {
+        "lacks": [key for key in own if key not in state],
+        "has left over": [key for key in state if key not in own],
+        "has another shape for": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own
+            if key in state and state[key].shape != own[key].shape
+        ],
+    }
+    found = [
+        f"{words} {len(keys)} tensors ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for words, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise InputError(
+            f"{source} does not fit this {type(model).__name__}: it {' and '.join(found)};"
+            " check model, width, num_classes and the data's classes"
+        )
+    model.load_state_dict(state, strict=True)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Where weights came from, for the log."""
+
+    path: Path
+    epoch: int
+    top1: float
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.path} (epoch {self.epoch}, top-1 {self.top1:.2f} %, sha256 {self.digest}...)"
+
+
+def load_initial_weights(model: nn.Module, path: Path | str) -> Loaded:
+    """Start `model` from the weights of a checkpoint, strictly."""
+    path = Path(path)
+    content = read_checkpoint(path)
+    load_strictly(model, content["state_dict"], path)
+    top1 = float(content.get("best_top1_acc", float("nan")))
+    return Loaded(path, int(content.get("epoch", -1)), top1, file_digest(path))
+
+
+def save_epoch(
+    config: Config, model: nn.Module, optimizer: Optimizer, history: list[dict[str, Any]]
+) -> None:
+    """Write the newest checkpoint of a run and, when its last epoch is the best, that one too."""
+    best = max(record["val_top1"] for record in history)
+    content = {
+        "epoch": history[-1]["epoch"],
+        "state_dict": model.state_dict(),
+        "best_top1_acc": best,
+        "optimizer": optimizer.state_dict(),
+        "config": asdict(config),
+        "rng": _rng_state(),
+        "history": history,
+    }
+    earlier = [record["val_top1"] for record in history[:-1]]
+    # The best goes first: interrupted in between, the epoch is repeated and both are written.
+    if history[-1]["val_top1"] > max(earlier, default=-1.0):
+        write_whole(Path(config.save) / BEST, lambda file: torch.save(content, file))
+    write_whole(Path(config.save) / NEWEST, lambda file: torch.save(content, file))
+
+
+def resume(config: Config, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Restore the newest checkpoint of `config.save` and give its history; empty without one.
+
+    Raises:
+        InputError: the folder holds a run with settings that compute something else.
+    """
+    path = Path(config.save) / NEWEST
+    if not path.exists():
+        return []
+    content = read_checkpoint(path)
+    differences = config.differences(content.get("config", {}))
+    if differences:
+        raise InputError(
+            f"{path} is of a run with other settings, {', '.join(differences)}:"
+            " continue with the same ones, or pass --save with another folder"
+        )
+    load_strictly(model, content["state_dict"], path)
+    try:
+        optimizer.load_state_dict(content["optimizer"])
+        _set_rng_state(content["rng"])
+        return content["history"]
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{path} was not written by a run of this repo and cannot be continued ({error!r}):"
+            " pass --save with another folder"
+        ) from error
+
+
+def _rng_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,269 @@
+"""The configuration of a run: a YAML file, overridden on the command line, checked field by field.
+
+Relative paths in a YAML file count from the file's own folder, those on the command line from
+where the command is given.
+"""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from utils.binarize import ACTIVATION_STES, LATENT_INITS
+from utils.errors import InputError
+from utils.optim import DECAY_GROUPS, SCHEDULES
+
+BUILTIN_DATA = ("shapes", "cifar10")
+LIGHTINGS = ("released", "textbook", "none")
+
+
+def _option(help_text: str, default: Any = dataclasses.MISSING, **metadata: Any):
+    """A field with its help, its range (`choices`, `minimum`, `above`, `maximum`, `below`), and
+
+    path: which of its values are file paths;
+    place: it says where things lie, so that a run may be continued with another value.
+    """
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+def _always(value: str) -> bool:
+    return True
+
+
+def _names_folder(data: str) -> bool:
+    return data not in BUILTIN_DATA
+
+
+def _names_file(teacher: str) -> bool:
+    return os.sep in teacher or "." in teacher  # no torchvision network has either in its name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a training run.  Those without a default are the recipe of `config.yaml`."""
+
+    # Data
+    data: str = _option(
+        "folder with train/<class>/ and val/<class>/, or shapes (drawn here), or cifar10",
+        path=_names_folder,
+        place=True,
+    )
+    val_dir: str = _option("name of the validation folder inside data", "val", place=True)
+    cache_dir: str = _option("where shapes and cifar10 are kept", path=_always, place=True)
+    workers: int = _option(
+        "image loading processes of each training process", minimum=0, place=True
+    )
+    image_size: int = _option("pixels, height and width", 224, minimum=1)
+    val_resize: int = _option("shorter side before the central crop", 256, minimum=1)
+    crop_scale: float = _option("smallest area of a random crop", 0.08, above=0, maximum=1)
+    lighting: str = _option("colour noise", "released", choices=LIGHTINGS)
+
+    # Network
+    model: str = _option("name of a network in models/")
+    binary_activations: bool = _option("Sign before each binary convolution")
+    binary_weights: bool = _option("mean|w| * Sign(w) in each binary convolution")
+    activation_ste: str = _option("gradient of Sign", "polynomial", choices=tuple(ACTIVATION_STES))
+    latent_init: str = _option("latent weights from scratch", "positive", choices=LATENT_INITS)
+    width: float = _option("multiplies every channel count", 1.0, above=0)
+    small_images: bool = _option("fewer strides, for 32-pixel images", False)
+    init_from: str | None = _option(
+        "checkpoint the weights start from, or none", path=_always, place=True
+    )
+
+    # Loss
+    teacher: str | None = _option(
+        "torchvision network, checkpoint trained here, or none (labels)", path=_names_file
+    )
+    teacher_checkpoint: str | None = _option(
+        "weights of the torchvision teacher, where it cannot be downloaded",
+        None,
+        path=_always,
+        place=True,
+    )
+    label_smoothing: float = _option("of the loss on labels", 0.0, minimum=0, below=1)
+
+    # Optimization
+    epochs: int = _option("length of the run", minimum=1)
+    batch_size: int = _option("global batch, divided over the processes", minimum=1)
+    learning_rate: float = _option("base rate of Adam", above=0)
+    weight_decay: float = _option("coupled L2 of the decay group")
+    decay_group: str = _option(
+        "4-D parameters (released: with the shifts) or convolutions alone",
+        "released",
+        choices=tuple(DECAY_GROUPS),
+    )
+    schedule: str = _option(
+        "linear decay, one epoch ahead (released) or textbook", "released", choices=tuple(SCHEDULES)
+    )
+
+    # Run
+    save: str = _option(
+        "folder for checkpoints, logs and the resolved configuration", path=_always, place=True
+    )
+    seed: int = _option("of initialisation, order and augmentation", 0, minimum=0)
+    sync_bn: bool = _option("BN statistics over all processes instead of each one's", False)
+
+    def __post_init__(self):
+        if self.teacher and self.label_smoothing:
+            raise InputError(
+                "label_smoothing acts on labels, which a teacher replaces:"
+                " set it to 0, or teacher to none"
+            )
+
+    def network_options(self) -> dict[str, Any]:
+        """The constructor arguments of the network, all but the number of classes."""
+        names = ("binary_activations", "binary_weights", "activation_ste", "latent_init")
+        return {name: getattr(self, name) for name in (*names, "width", "small_images")}
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Fields that change the result and differ from a saved configuration."""
+        return [
+            f"{f.name} {getattr(self, f.name)} (there {other[f.name]})"
+            for f in dataclasses.fields(self)
+            if not f.metadata.get("place")
+            and f.name in other
+            and other[f.name] != getattr(self, f.name)
+        ]
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+_TYPES = get_type_hints(Config)
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the type of field `name`; PyYAML reads `5e-6` as text, so text may be a number."""
+    *alternatives, last = get_args(_TYPES[name]) or (_TYPES[name],)
+    target = alternatives[0] if alternatives else last
+    if last is NoneType and (value is None or value == "none"):
+        return None
+    if target is float and isinstance(value, str | int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not target:
+        raise InputError(f"{name} must be {_TYPE_NAMES[target]}, not {value!r}")
+    return value
+
+
+def _check_range(name: str, value: Any) -> None:
+    checks = FIELDS[name].metadata
+    if value is None:
+        return
+    if "choices" in checks and value not in checks["choices"]:
+        raise InputError(f"{name} must be one of {', '.join(checks['choices'])}, not {value!r}")
+    bounds = {
+        "minimum": (lambda bound: value >= bound, "at least"),
+        "above": (lambda bound: value > bound, "above"),
+        "maximum": (lambda bound: value <= bound, "at most"),
+        "below": (lambda bound: value < bound, "below"),
+    }
+    for check, (holds, words) in bounds.items():
+        if check in checks and not holds(checks[check]):
+            raise InputError(f"{name} must be {words} {checks[check]}, not {value}")
+
+
+def _is_path(name: str, value: Any) -> bool:
+    names_path = FIELDS[name].metadata.get("path")
+    return value is not None and names_path is not None and names_path(value)
+
+
+def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Values of known fields, typed, in range, with paths made absolute from `base`."""
+    unknown = [name for name in values if name not in FIELDS]
+    if unknown:
+        raise InputError(f"unknown option {unknown[0]!r}: the valid ones are {', '.join(FIELDS)}")
+    result = {}
+    for name, value in values.items():
+        value = _typed(name, value)
+        _check_range(name, value)
+        result[name] = os.path.normpath(base / value) if _is_path(name, value) else value
+    return result
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The checked fields of a YAML file."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise InputError(f"{path} must hold one `name: value` per line")
+    return checked(values, path.absolute().parent)
+
+
+def _command_line(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file laid over config.yaml")
+    for f in FIELDS.values():
+        parser.add_argument(f"--{f.name}", metavar="X", help=f.metadata["help"])
+    parser.error = _raise_input_error
+    namespace, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise InputError(
+            f"unknown option {rest[0]!r}: the valid ones are --config, --" + ", --".join(FIELDS)
+        )
+    return namespace
+
+
+def _raise_input_error(message: str):
+    raise InputError(message)
+
+
+def _parsed(name: str, text: str) -> Any:
+    """Command-line text as YAML would read it, except where the field is text anyway."""
+    if str in (_TYPES[name], *get_args(_TYPES[name])):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def parse_config(
+    default: Path, arguments: Sequence[str] | None = None, description: str = ""
+) -> Config:
+    """`default` YAML, then `--config FILE`, then the other command-line options.
+
+    Raises:
+        InputError: an unknown name, a wrong type or range, or a file that cannot be read.
+    """
+    given = vars(_command_line(arguments, description))
+    values = read_yaml(default)
+    if "config" in given:
+        values |= read_yaml(Path(given.pop("config")))
+    values |= checked({name: _parsed(name, text) for name, text in given.items()}, Path.cwd())
+    return _complete(values, default)
+
+
+def _complete(values: Mapping[str, Any], source: Path | str) -> Config:
+    required = [f.name for f in FIELDS.values() if f.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise InputError(f"{source} lacks {', '.join(missing)}")
+    return Config(**values)
+
+
+def from_saved(values: Any, source: Path | str) -> Config:
+    """The configuration that a checkpoint carries, checked like one just written."""
+    if not isinstance(values, dict):
+        raise InputError(f"{source} carries no configuration: it was not written by this repo")
+    return _complete(checked(values, Path.cwd()), source)
+
+
+def as_yaml(config: Config) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,0 +1,248 @@
+"""Images: data sets, the released transforms, and loaders that do not depend on their workers.
+
+Which images a batch holds and how each is augmented is a function of (seed, epoch, image index)
+alone: the same for any number of loading workers, and, together, for any number of processes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, ImageFolder
+
+from utils.config import Config
+from utils.distributed import Process, first_on_each_machine
+from utils.errors import InputError
+from utils.shapes import write_shapes
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Lighting:
+    """PCA colour noise (Krizhevsky et al. 2012) on an RGB image: one increment per channel.
+
+    increment = V (alpha * lambda), alpha ~ Normal(0, std) per component.  The eigenvalues belong
+    to the 0-1 scale.  With `scale=1`, the released code, the increment is added on the 0-255
+    scale and truncated, so that a channel changes by 0 or -1 only; `scale=255` is the textbook.
+    """
+
+    EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045], dtype=torch.float64)
+    EIGENVECTORS = torch.tensor(
+        [
+            [-0.5675, 0.7192, 0.4009],
+            [-0.5808, -0.0045, -0.8140],
+            [-0.5836, -0.6948, 0.4203],
+        ],
+        dtype=torch.float64,
+    )
+
+    def __init__(self, std: float = 0.1, scale: float = 1.0):
+        self.std = std
+        self.scale = scale
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        alpha = torch.randn(3, dtype=torch.float64) * self.std
+        increment = self.scale * (self.EIGENVECTORS @ (alpha * self.EIGENVALUES)).numpy()
+        pixels = np.asarray(image) + increment  # (H, W, 3)
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+LIGHTING = {"released": Lighting(scale=1.0), "textbook": Lighting(scale=255.0), "none": None}
+
+
+def train_transform(config: Config) -> transforms.Compose:
+    """The released order: crop, lighting, flip, normalise; PIL image -> (3, size, size)."""
+    lighting = LIGHTING[config.lighting]
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(config.image_size, scale=(config.crop_scale, 1.0)),
+            *([lighting] if lighting else []),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def val_transform(config: Config) -> transforms.Compose:
+    """Resize the shorter side, crop the centre, normalise; PIL image -> (3, size, size)."""
+    return transforms.Compose(
+        [
+            transforms.Resize(config.val_resize),
+            transforms.CenterCrop(config.image_size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed 64-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class SeededImages(Dataset):
+    """Item (epoch, index) is image `index`, augmented as a function of (seed, epoch, index).
+
+    Args:
+        images: a torchvision data set giving (PIL image, label).
+        transform: PIL image -> tensor; its randomness may come from torch's generator only.
+    """
+
+    def __init__(self, images: ImageFolder | CIFAR10, transform, seed: int = 0):
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.classes: list[str] = images.classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        epoch, index = key
+        image, label = self._decoded(index)
+        # Without workers this runs in the training process, whose generator must not move.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
+            return self.transform(image), label
+
+    def _decoded(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            return self.images[index]
+        except Exception as error:  # PIL raises many types for a file it cannot decode
+            where = getattr(self.images, "samples", {index: (index,)})[index][0]
+            raise InputError(
+                f"cannot decode image {where} ({type(error).__name__}): repair or remove it"
+            ) from error
+
+
+class TrainBatches(Sampler[list[tuple[int, int]]]):
+    """One process's share of each batch of a permutation drawn from (seed, epoch).
+
+    The shares of all processes, in rank order, are the batch one process alone would see.  The
+    last batch keeps what is left over, as released; when that is less than one image for each
+    process it is left out.  Set `epoch` before each iteration.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int):
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.length, self.batch_size)
+        return whole + (rest >= self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        for batch in order.split(self.batch_size)[: len(self)]:
+            share = batch.tensor_split(self.world_size)[self.rank]
+            yield [(self.epoch, index) for index in share.tolist()]
+
+
+def val_batches(length: int, batch_size: int, rank: int, world_size: int):
+    """Whole batches dealt out in turn: each image once, and no batch depends on `world_size`."""
+    batches = torch.arange(length).split(batch_size)[rank::world_size]
+    return [[(0, index) for index in batch.tolist()] for batch in batches]
+
+
+def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededImages]:
+    """The training and the validation images that `config.data` names.
+
+    Raises:
+        InputError: a missing or empty folder, classes that differ, or a failed download.
+    """
+    with first_on_each_machine(process):
+        if config.data == "cifar10":
+            train, val = _cifar10(config, train=True), _cifar10(config, train=False)
+        else:
+            folder = Path(config.data)
+            if config.data == "shapes":
+                folder = Path(config.cache_dir) / "shapes"
+                _draw_shapes(folder)
+            train, val = _image_folder(folder, "train"), _image_folder(folder, config.val_dir)
+    if train.classes != val.classes:
+        raise InputError(
+            f"{config.data}: {len(train.classes)} classes to train on,"
+            f" {len(val.classes)} to validate on, and they must be the same;"
+            f" only in one: {', '.join(sorted({*train.classes} ^ {*val.classes})[:3])}"
+        )
+    return (
+        SeededImages(train, train_transform(config), config.seed),
+        SeededImages(val, val_transform(config)),
+    )
+
+
+def _image_folder(folder: Path, split: str) -> ImageFolder:
+    root = folder / split
+    if not root.is_dir():
+        raise InputError(
+            f"data folder {root} does not exist: pass --data with the folder that holds"
+            f" train/<class>/ and {split if split != 'train' else 'val'}/<class>/,"
+            " or --data shapes for the built-in images"
+        )
+    try:
+        return ImageFolder(root)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{root} has a class without images: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _cifar10(config: Config, train: bool) -> CIFAR10:
+    try:
+        return CIFAR10(config.cache_dir, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"cannot get CIFAR-10 into {config.cache_dir}: {error}") from error
+
+
+def _draw_shapes(folder: Path) -> None:
+    try:
+        write_shapes(folder)
+    except OSError as error:
+        raise InputError(
+            f"cannot write the built-in images to {folder} ({error.strerror}):"
+            " pass --cache_dir with a folder that can be written"
+        ) from error
+
+
+def train_loader(images: SeededImages, config: Config, process: Process) -> DataLoader:
+    """Batches of (images (n, 3, S, S), labels (n,)); the global batch is `config.batch_size`.
+
+    Raises:
+        InputError: the global batch cannot be divided over the processes.
+    """
+    if config.batch_size % process.world_size:
+        raise InputError(
+            f"batch_size {config.batch_size} is the global batch and cannot be divided over"
+            f" {process.world_size} processes: choose a multiple of {process.world_size}"
+        )
+    batches = TrainBatches(
+        len(images), config.batch_size, config.seed, process.rank, process.world_size
+    )
+    return _loader(images, batches, config, process)
+
+
+def val_loader(images: SeededImages, config: Config, process: Process) -> DataLoader:
+    """This process's validation batches, each of `config.batch_size` images but the last."""
+    batches = val_batches(len(images), config.batch_size, process.rank, process.world_size)
+    return _loader(images, batches, config, process)
+
+
+def _loader(images: SeededImages, batches, config: Config, process: Process) -> DataLoader:
+    return DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=config.workers,
+        pin_memory=process.device.type == "cuda",
+        persistent_workers=config.workers > 0,
+    )

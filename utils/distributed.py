@@ -1,0 +1,149 @@
+"""One process or several: who this process is, and the few collective operations training needs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among the `world_size` that train together; it computes on `device`."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def training_process() -> Iterator[Process]:
+    """Join the processes that torchrun started (or stand alone), and leave them at the end."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this machine has no GPU of its own:"
+                f" start at most {torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Process(rank, local_rank, world_size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def first_on_each_machine(process: Process) -> Iterator[None]:
+    """Let local rank 0 run the block (fill a cache, download) before the others enter it."""
+    if process.local_rank != 0:
+        barrier()
+    yield
+    if process.local_rank == 0:
+        barrier()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Replace `value` by its sum over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's BN statistics (as DataParallel keeps its first replica's)."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def share_weight(share: int, device: torch.device) -> Tensor | float:
+    """Factor that turns the mean over this process's share into its part of the batch mean.
+
+    DistributedDataParallel averages gradients over processes as if their shares were equal; the
+    last batch of an epoch need not divide evenly, so each mean is scaled by share * W / batch.
+    """
+    if not dist.is_initialized():
+        return 1.0
+    batch = sum_over_processes(torch.tensor(float(share), device=device))
+    return share * dist.get_world_size() / batch
+
+
+def distribute(model: nn.Module, process: Process, sync_bn: bool) -> nn.Module:
+    """Wrap `model` (already on its device) so that backward averages gradients over processes.
+
+    BN statistics are those of each process's share, and rank 0's running averages are kept, as in
+    the released code; with `sync_bn` they are those of the whole batch.
+    """
+    if process.world_size == 1:
+        return model
+    if sync_bn:
+        model = synchronize_batch_norm(model)
+    gpu = [process.device] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=gpu)
+
+
+def synchronize_batch_norm(model: nn.Module) -> nn.Module:
+    """Make every BatchNorm2d of `model` use the statistics of the batch over all processes."""
+    if next(model.parameters()).device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = CpuSyncBatchNorm2d
+    return model
+
+
+class CpuSyncBatchNorm2d(nn.BatchNorm2d):
+    """`nn.SyncBatchNorm` for CPU tensors, which torch's own refuses: (N, C, H, W) -> same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        self.num_batches_tracked += 1
+        count = _AllReduce.apply(x.new_tensor(float(x.numel() // x.shape[1])))
+        mean = _AllReduce.apply(x.sum(dim=(0, 2, 3))) / count
+        centred = x - mean[:, None, None]
+        var = _AllReduce.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
+
+class _AllReduce(torch.autograd.Function):
+    """y = sum of x over processes;  dL/dx = sum of dL/dy over processes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return sum_over_processes(x.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return sum_over_processes(grad.clone())

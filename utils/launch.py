@@ -1,0 +1,64 @@
+"""Start a training program on this machine: `python utils/launch.py step1/train.py [options]`.
+
+One process per visible GPU through torchrun; one plain process on a CPU or a single GPU.
+NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT override, torchrun's own PET_*
+variables stand above them, and under SLURM the nodes of the job are used.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+import torch
+
+
+def torchrun_settings(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
+    """torchrun's options, as its PET_* environment variables, for one machine's share of a run."""
+    nodes = environment.get("NNODES") or environment.get("SLURM_NNODES") or "1"
+    settings = {"PET_NPROC_PER_NODE": environment.get("NPROC_PER_NODE") or str(gpus or 1)}
+    if nodes == "1":
+        settings["PET_STANDALONE"] = "1"
+    else:
+        settings["PET_NNODES"] = nodes
+        settings["PET_NODE_RANK"] = (
+            environment.get("NODE_RANK") or environment.get("SLURM_NODEID") or "0"
+        )
+        settings["PET_MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_slurm_host(
+            environment
+        )
+        settings["PET_MASTER_PORT"] = environment.get("MASTER_PORT") or "29500"
+    given = {name: value for name, value in environment.items() if name.startswith("PET_")}
+    return settings | given
+
+
+def _first_slurm_host(environment: Mapping[str, str]) -> str:
+    hosts = environment.get("SLURM_JOB_NODELIST")
+    if hosts is None:
+        sys.exit("error: a run on several machines needs MASTER_ADDR, the name of the first one")
+    listing = subprocess.run(
+        ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True
+    )
+    return listing.stdout.split()[0]
+
+
+def main() -> None:
+    script_and_options = sys.argv[1:]
+    settings = torchrun_settings(os.environ, torch.cuda.device_count())
+    if settings["PET_NPROC_PER_NODE"] == "1" and "PET_NNODES" not in settings:
+        os.execv(sys.executable, [sys.executable, *script_and_options])
+    os.environ.update(settings)
+
+    # Imported late: torchrun reads the environment on import.
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    try:
+        run(parse_args(script_and_options))
+    except ChildFailedError as error:
+        # The process has already said what was wrong; torchrun's traceback would bury it.
+        sys.exit(error.get_first_failure()[1].exitcode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What a run leaves behind in its folder: log, curves, one JSON line per epoch, configuration."""
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from utils.checkpoint import BEST, NEWEST, write_whole
+from utils.config import Config, as_yaml
+from utils.distributed import Process
+from utils.engine import Meter
+from utils.errors import InputError
+
+LINE_EVERY = 100  # batches
+
+
+class RunLog:
+    """The log of one run in `config.save`; processes other than the main one stay silent.
+
+    log.txt         plain lines, the same as on the terminal, added to by every restart
+    metrics.jsonl   one JSON object per epoch
+    config.yaml     the resolved configuration
+    tensorboard/    scalars
+    """
+
+    def __init__(self, config: Config, process: Process, first_epoch: int):
+        """Open the folder, creating it; scalars from `first_epoch` on replace older ones.
+
+        Raises:
+            InputError: the folder cannot be created or written.
+        """
+        self.folder = Path(config.save)
+        self.is_main = process.is_main
+        self._logger = logging.getLogger("adambnn")
+        self._logger.setLevel(logging.INFO if self.is_main else logging.CRITICAL)
+        self._logger.propagate = False
+        if not self.is_main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = logging.FileHandler(self.folder / "log.txt")
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {self.folder} ({error.strerror}):"
+                " pass --save with a folder that can be written"
+            ) from error
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self._logger.addHandler(self._file)
+        self._logger.addHandler(logging.StreamHandler(sys.stdout))
+        write_whole(self.folder / "config.yaml", lambda file: file.write(as_yaml(config).encode()))
+        self._curves = SummaryWriter(self.folder / "tensorboard", purge_step=first_epoch)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.is_main:
+            self._curves.close()
+            for handler in list(self._logger.handlers):
+                self._logger.removeHandler(handler)
+                if handler is self._file:
+                    handler.close()
+
+    def line(self, text: str) -> None:
+        self._logger.info(text)
+
+    def opening(
+        self, config: Config, process: Process, start: Any, groups: str, history: list[dict]
+    ) -> None:
+        """Configuration, commit, versions, device and seed, then where the weights start."""
+        self.line("configuration\n" + as_yaml(config).rstrip())
+        self.line(f"commit {_commit()}")
+        self.line(
+            f"python {platform.python_version()}, torch {torch.__version__},"
+            f" torchvision {torchvision.__version__}, numpy {numpy.__version__}"
+        )
+        self.line(f"device {_device_name(process.device)}, {process.world_size} process(es)")
+        self.line(f"seed {config.seed}")
+        self.line(f"parameters: {groups}")
+        self.line(f"weights start from {start}")
+        if history:
+            self.line(f"continuing {self.folder / NEWEST} after epoch {history[-1]['epoch']}")
+
+    def closing(self, history: list[dict[str, Any]]) -> None:
+        """The best epoch and where its weights are."""
+        best = max(history, key=lambda record: record["val_top1"])
+        self.line(
+            f"finished: best val top-1 {best['val_top1']:.2f} % at epoch {best['epoch']},"
+            f" {self.folder / BEST}"
+        )
+
+    def progress(self, title: str):
+        """A `Progress` for the engine: a bar on a terminal, a line every 100 batches elsewhere."""
+
+        def track(batches: Iterable, meter: Meter) -> Iterator:
+            shows_bar = self.is_main and sys.stderr.isatty()
+            bar = tqdm(batches, title, leave=False, disable=not shows_bar)
+            for done, batch in enumerate(bar, start=1):
+                yield batch
+                if done % LINE_EVERY == 0:
+                    now = meter.results()
+                    text = f"loss {now['loss']:.4f}, top-1 {now['top1']:.2f} %"
+                    bar.set_postfix_str(text)
+                    if not shows_bar:
+                        self.line(f"{title} {done}/{len(bar)}: {text}")
+
+        return track
+
+    def epoch(self, history: list[dict[str, Any]]) -> None:
+        """Report the last record of `history`, and write all of them to metrics.jsonl."""
+        if not self.is_main:
+            return
+        record = history[-1]
+        self.line(
+            f"epoch {record['epoch']}: learning rate {record['learning_rate']:.3e},"
+            f" train loss {record['train_loss']:.4f} top-1 {record['train_top1']:.2f} %,"
+            f" val loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} %"
+            f" top-5 {record['val_top5']:.2f} % on {record['val_images']} images,"
+            f" {record['train_images_per_second']:.0f} images/s"
+        )
+        for name, value in record.items():
+            if name != "epoch":
+                self._curves.add_scalar(name, value, record["epoch"])
+        self._curves.flush()
+        lines = "".join(json.dumps(record) + "\n" for record in history)
+        write_whole(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+
+
+def epoch_record(
+    epoch: int, learning_rate: float, trained: dict[str, float], validated: dict[str, float]
+) -> dict[str, Any]:
+    """One flat record: epoch, learning_rate, train_loss, ..., val_loss, ..."""
+    return {
+        "epoch": epoch,
+        "learning_rate": learning_rate,
+        **{f"train_{name}": value for name, value in trained.items()},
+        **{f"val_{name}": value for name, value in validated.items()},
+    }
+
+
+def _commit() -> str:
+    """The repo's commit, `+changes` if the working tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        run = {"capture_output": True, "text": True, "check": True}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+    return commit + (" +changes" if changed.strip() else "")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
