@@ -68,15 +68,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"checkpoint {path} does not exist") from error
     except OSError as error:
         raise InputError(f"cannot read checkpoint {path}: {error.strerror}") from error
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error):
+    except Exception as error:  # damaged bytes raise whatever they happen to mean
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             raise InputError(
                 f"{path} is refused: it names code to run, and a checkpoint is read as data only"
             ) from error
-        raise InputError(f"{path} is not a checkpoint") from error
-    except Exception as error:  # a damaged archive raises whatever its bytes happen to mean
         raise InputError(
-            f"{path} is damaged or truncated ({type(error).__name__}): fetch or write it again"
+            f"{path} is not a checkpoint, or a damaged or truncated one"
+            f" ({type(error).__name__}): fetch or write it again"
         ) from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
@@ -118,7 +117,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: Path | 
     if found:
         raise InputError(
             f"{source} does not fit this {type(model).__name__}: it {' and '.join(found)};"
-            " check model, width, num_classes and the data's classes"
+            " check model, width and the number of classes in the data"
         )
     model.load_state_dict(state, strict=True)
 

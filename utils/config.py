@@ -5,7 +5,9 @@ where the command is given.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +136,7 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = get_type_hints(Config)
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
 
 
 def _typed(name: str, value: Any) -> Any:
@@ -144,11 +146,9 @@ def _typed(name: str, value: Any) -> Any:
     if last is NoneType and (value is None or value == "none"):
         return None
     if target is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if type(value) is not target:
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if type(value) is not target or (target is float and not math.isfinite(value)):
         raise InputError(f"{name} must be {_TYPE_NAMES[target]}, not {value!r}")
     return value
 

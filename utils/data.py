@@ -245,4 +245,6 @@ def _loader(images: SeededImages, batches, config: Config, process: Process) -> 
         num_workers=config.workers,
         pin_memory=process.device.type == "cuda",
         persistent_workers=config.workers > 0,
+        # Its own generator: the loader's seed for its workers is drawn, and nothing here uses it.
+        generator=torch.Generator(),
     )

@@ -1,0 +1,79 @@
+"""A small image folder, and the two training programs run in this process."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from step1.train import main as step1_main
+from step2.train import main as step2_main
+from utils.shapes import draw_shape
+
+CLASSES = ("bars", "disc", "star")
+TRAIN, VAL = 8, 5  # images of each class
+# The smallest run of either step: 3 batches an epoch on a network of width 1/32.
+TINY = {
+    "image_size": 16,
+    "val_resize": 16,
+    "small_images": "true",
+    "width": 1 / 32,
+    "batch_size": 8,
+    "epochs": 2,
+    "workers": 0,
+    "teacher": "none",
+}
+
+
+def write_images(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
+    for split, count in (("train", TRAIN), ("val", VAL)):
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                path = folder / split / name / f"{index}.png"
+                draw_shape(split, name, index).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """Read only: tests that change images make their own with `write_images`."""
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+class Run:
+    """How a training program ended: exit code and what it printed."""
+
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+    def assert_one_sentence(self, *words: str) -> None:
+        """It failed with one line on stderr that holds all `words`, and no traceback."""
+        assert self.code != 0
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
+        assert "Traceback" not in self.out + self.err
+        for word in words:
+            assert word in self.err, self.err
+
+
+@pytest.fixture
+def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Run]:
+    """Run `step` 1 or 2 with the options TINY, those given laid over them; None drops one."""
+
+    def run(step: int, *flags: str, **options) -> Run:
+        values = {**TINY, "data": image_folder, "save": tmp_path / f"step{step}", **options}
+        arguments = [
+            text for name, value in values.items() if value is not None
+            for text in (f"--{name}", str(value))
+        ]
+        monkeypatch.setattr(sys, "argv", [f"step{step}/train.py", *arguments, *flags])
+        capsys.readouterr()
+        code = 0
+        try:
+            (step1_main if step == 1 else step2_main)()
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return Run(code, out, err)
+
+    return run

@@ -1,0 +1,179 @@
+"""Checkpoints: whole or absent, data only, strict."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import build_model
+from models.loading import network_from_checkpoint
+from models.teacher import load_teacher
+from utils import checkpoint
+from utils.checkpoint import load_initial_weights, load_strictly, read_checkpoint, write_whole
+from utils.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+def tiny(**options):
+    return build_model("reactnet_a", num_classes=3, width=1 / 32, small_images=True, **options)
+
+
+def save(path: Path, content) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "checkpoint.pth.tar"
+    path.write_bytes(b"old")
+
+    def fill_the_disk(file):
+        file.write(b"half of the ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left on device"):
+        write_whole(path, fill_the_disk)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_under_torch_save_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "open", lambda self, mode: open("/dev/full", mode))  # noqa: PTH123
+    with pytest.raises(InputError, match="cannot write") as caught:
+        write_whole(tmp_path / "x", lambda file: torch.save({"a": torch.zeros(10**6)}, file))
+    assert "\n" not in str(caught.value)
+
+
+class Hostile:
+    """A pickle that would create a file on loading."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, legacy):
+    ran = tmp_path / "ran"
+    content = {"state_dict": {"fc.weight": torch.zeros(1)}, "epoch": Hostile(ran)}
+    path = tmp_path / "hostile.pth.tar"
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(InputError, match="read as data only"):
+        read_checkpoint(path)
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Hostile(ran)))
+    assert ran.exists(), "the pickle would have run"
+
+
+def test_a_truncated_checkpoint_is_one_sentence_wherever_it_is_cut(tmp_path):
+    whole = save(tmp_path / "whole", {"state_dict": tiny().state_dict()}).read_bytes()
+    cut = tmp_path / "cut"
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        cut.write_bytes(whole[:length])
+        with pytest.raises(InputError) as caught:
+            read_checkpoint(cut)
+        assert str(cut) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"epoch": 3, "state_dict": {}}, {"a": 1}, {"state_dict": {"a": 1}}, {}]
+)
+def test_data_without_a_state_dict_is_no_checkpoint(tmp_path, content):
+    with pytest.raises(InputError, match="is not a checkpoint"):
+        read_checkpoint(save(tmp_path / "file", content))
+
+
+def test_text_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path):
+    (tmp_path / "text").write_text("hello, this is not a checkpoint")
+    for path, words in (
+        (tmp_path / "text", "is not a checkpoint"),
+        (tmp_path, "cannot read checkpoint"),
+        (tmp_path / "missing", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=words):
+            read_checkpoint(path)
+
+
+def test_bare_and_dataparallel_state_dicts_load(tmp_path):
+    model = tiny()
+    state = model.state_dict()
+    for content in (state, {"state_dict": {f"module.{key}": state[key] for key in state}}):
+        other = tiny()
+        load_initial_weights(other, save(tmp_path / "file", content))
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+
+
+def test_what_was_loaded_is_told(tmp_path):
+    content = {"state_dict": tiny().state_dict(), "epoch": 7, "best_top1_acc": torch.tensor(71.438)}
+    path = save(tmp_path / "file", content)
+    loaded = load_initial_weights(tiny(), path)
+    assert (loaded.epoch, loaded.digest) == (7, checkpoint.file_digest(path))
+    assert str(loaded) == f"{path} (epoch 7, top-1 71.44 %, sha256 {loaded.digest}...)"
+
+
+def test_strict_loading_names_missing_left_over_and_misshapen_keys():
+    state = tiny().state_dict()
+    del state["fc.bias"]
+    state["feature.14.bias"] = torch.zeros(1)
+    state["fc.weight"] = torch.zeros(10, 32)
+    with pytest.raises(InputError) as caught:
+        load_strictly(tiny(), state, "file")
+    assert str(caught.value).startswith(
+        "file does not fit this ReActNetA: it lacks 1 tensors (fc.bias)"
+        " and has left over 1 tensors (feature.14.bias)"
+        " and has another shape for 1 tensors (fc.weight (10, 32) instead of (3, 32))"
+    )
+
+
+def test_a_refused_state_changes_no_weight():
+    model = tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = tiny().state_dict()
+    del state["fc.bias"]
+    with pytest.raises(InputError):
+        load_strictly(model, state, "file")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_no_teacher_and_unknown_teachers(tmp_path):
+    assert load_teacher(None, None, 3, 32, CPU) is None
+    with pytest.raises(InputError, match="neither a torchvision network, nor a checkpoint"):
+        load_teacher("resnet35", None, 3, 32, CPU)
+    bare = save(tmp_path / "bare", tiny().state_dict())
+    with pytest.raises(InputError, match="carries no configuration"):
+        network_from_checkpoint(bare)
+
+
+def test_torchvision_teacher_from_a_file_is_frozen_and_in_eval_mode(tmp_path):
+    from torchvision.models import resnet18
+
+    reference = resnet18(num_classes=3)
+    path = save(tmp_path / "resnet18.pth", reference.state_dict())
+    teacher = load_teacher("resnet18", str(path), 3, 32, CPU)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(teacher(images), reference.eval()(images))
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    with pytest.raises(InputError, match="has 3 classes and the data 10"):
+        load_teacher("resnet18", str(path), 10, 32, CPU)
+    with pytest.raises(InputError, match="does not fit this ResNet"):
+        load_teacher("resnet34", str(path), 3, 32, CPU)
+
+
+def test_a_failed_download_names_the_option_for_a_file(monkeypatch):
+    from urllib.error import URLError
+
+    import torchvision
+
+    def no_network(name, weights):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torchvision.models, "get_model", no_network)
+    with pytest.raises(InputError, match="pass --teacher_checkpoint"):
+        load_teacher("resnet34", None, 1000, 32, CPU)

@@ -1,0 +1,138 @@
+"""Configuration: types, ranges, unknown names, where relative paths count from."""
+
+from pathlib import Path
+
+import pytest
+
+from utils.config import FIELDS, as_yaml, from_saved, parse_config
+from utils.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+STEP1, STEP2 = ROOT / "step1" / "config.yaml", ROOT / "step2" / "config.yaml"
+
+
+def test_steps_hold_the_released_recipe():
+    step1, step2 = parse_config(STEP1, []), parse_config(STEP2, [])
+    for config in (step1, step2):
+        assert (config.model, config.width, config.teacher) == ("reactnet_a", 1.0, "resnet34")
+        assert (config.batch_size, config.epochs, config.learning_rate) == (256, 256, 1.25e-3)
+        assert (config.image_size, config.val_resize, config.crop_scale) == (224, 256, 0.08)
+        assert (config.schedule, config.lighting, config.decay_group) == ("released",) * 3
+        assert (config.activation_ste, config.latent_init) == ("polynomial", "positive")
+        assert config.binary_activations and not config.sync_bn
+    assert (step1.binary_weights, step1.weight_decay, step1.init_from) == (False, 5e-6, None)
+    assert (step2.binary_weights, step2.weight_decay) == (True, 0)
+    assert step2.init_from == str(ROOT / "step1" / "out" / "model_best.pth.tar")
+    assert (step1.save, step2.save) == (str(ROOT / "step1/out"), str(ROOT / "step2/out"))
+
+
+def test_released_flags_keep_their_names():
+    released = "data batch_size epochs learning_rate weight_decay teacher save workers"
+    assert set(released.split()) <= set(FIELDS)
+
+
+def test_command_line_overrides_the_given_file_which_overrides_the_step(tmp_path):
+    (tmp_path / "mine.yaml").write_text("epochs: 3\nweight_decay: 5e-6\n")
+    config = parse_config(STEP2, ["--config", str(tmp_path / "mine.yaml"), "--epochs", "4"])
+    assert (config.epochs, config.weight_decay, config.batch_size) == (4, 5e-6, 256)
+
+
+def test_relative_paths_count_from_the_file_or_from_the_command(tmp_path, monkeypatch):
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    (folder / "mine.yaml").write_text("data: ../images\nteacher: teacher.pth.tar\n")
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(STEP1, ["--config", "configs/mine.yaml", "--save", "runs/a"])
+    assert config.data == str(tmp_path / "images")
+    assert config.teacher == str(folder / "teacher.pth.tar")
+    assert config.save == str(tmp_path / "runs" / "a")
+
+
+def test_names_are_not_taken_for_paths():
+    config = parse_config(STEP1, ["--data", "shapes", "--teacher", "resnet18"])
+    assert (config.data, config.teacher) == ("shapes", "resnet18")
+
+
+def test_none_and_booleans_are_read_from_the_command_line():
+    config = parse_config(STEP2, ["--teacher", "none", "--init_from", "none", "--sync_bn", "true"])
+    assert (config.teacher, config.init_from, config.sync_bn) == (None, None, True)
+
+
+def test_text_fields_keep_text_that_looks_like_a_number(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert parse_config(STEP1, ["--save", "2021"]).save == str(tmp_path / "2021")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--momentum", "0.9"], ["--momentum", "--learning_rate"]),
+        (["--epoch", "3"], ["--epoch'", "--epochs"]),
+        (["--epochs"], ["epochs", "expected one argument"]),
+        (["--epochs", "2.5"], ["epochs must be a whole number", "2.5"]),
+        (["--epochs", "0"], ["epochs must be at least 1"]),
+        (["--epochs", "true"], ["epochs must be a whole number"]),
+        (["--learning_rate", "fast"], ["learning_rate must be a finite number", "fast"]),
+        (["--learning_rate", "nan"], ["learning_rate must be a finite number"]),
+        (["--weight_decay", "inf"], ["weight_decay must be a finite number"]),
+        (["--binary_weights", "2"], ["binary_weights must be true or false"]),
+        (["--crop_scale", "1.5"], ["crop_scale must be at most 1"]),
+        (["--label_smoothing", "1"], ["label_smoothing must be below 1"]),
+        (["--schedule", "cosine"], ["schedule must be one of released, textbook"]),
+        (["--label_smoothing", "0.1"], ["label_smoothing acts on labels"]),
+        (["--config", "missing.yaml"], ["cannot read configuration", "missing.yaml"]),
+    ],
+)
+def test_wrong_option_is_one_sentence_with_its_name(arguments, words):
+    with pytest.raises(InputError) as caught:
+        parse_config(STEP1, arguments)
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("epoch: 3", ["unknown option 'epoch'", "epochs"]),
+        ("epochs: three", ["epochs must be a whole number"]),
+        ("learning_rate:", ["learning_rate must be a finite number"]),
+        ("- epochs", ["must hold one `name: value` per line"]),
+        ("", ["must hold one `name: value` per line"]),
+        ("1: 2", ["must hold one `name: value` per line"]),
+        ("epochs: [3", ["is not YAML"]),
+    ],
+)
+def test_wrong_yaml_is_one_sentence(tmp_path, text, words):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        parse_config(STEP1, ["--config", str(path)])
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_recipe_without_a_required_field_names_it(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(STEP1.read_text().replace("epochs: 256", ""))
+    with pytest.raises(InputError, match="lacks epochs"):
+        parse_config(path, [])
+
+
+def test_resolved_configuration_reads_back_as_itself(tmp_path):
+    config = parse_config(STEP2, ["--weight_decay", "5e-6", "--data", "shapes"])
+    path = tmp_path / "config.yaml"
+    path.write_text(as_yaml(config))
+    assert parse_config(path, []) == config
+
+
+def test_only_settings_that_change_the_result_forbid_a_continuation():
+    config = parse_config(STEP1, [])
+    other = parse_config(STEP1, ["--data", "elsewhere", "--workers", "1", "--epochs", "3"])
+    assert config.differences(vars(other)) == ["epochs 256 (there 3)"]
+
+
+def test_saved_configuration_is_checked_like_any_other():
+    with pytest.raises(InputError, match="carries no configuration"):
+        from_saved(None, "file")
+    with pytest.raises(InputError, match="unknown option"):
+        from_saved({"epoch": 3}, "file")

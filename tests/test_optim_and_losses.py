@@ -1,0 +1,93 @@
+"""Decay groups, learning-rate schedules, and the two losses."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from models import build_model
+from utils.losses import batch_loss, soft_target_loss
+from utils.optim import build_adam, describe_groups, learning_rate, set_learning_rate
+
+
+@pytest.fixture(scope="module")
+def model():
+    with torch.device("meta"):
+        return build_model("reactnet_a")
+
+
+def test_released_group_decays_convolutions_and_all_78_shifts(model):
+    kept, decayed = build_adam(model, 1e-3, 5e-6).param_groups
+    assert (kept["weight_decay"], decayed["weight_decay"]) == (0, 5e-6)
+    assert (len(kept["params"]), len(decayed["params"])) == (92, 110)
+    assert sum(p.numel() for p in decayed["params"]) == 28_285_792
+
+
+def test_textbook_group_decays_convolutions_alone(model):
+    _, decayed = build_adam(model, 1e-3, 5e-6, "convolutions").param_groups
+    assert len(decayed["params"]) == 110 - 78
+    assert all(p.shape[0] != 1 for p in decayed["params"])
+
+
+def test_group_description_counts_tensors_and_values(model):
+    text = describe_groups(build_adam(model, 1e-3, 5e-6))
+    assert "110 tensors (28,285,792 values) with weight decay 5e-06" in text
+
+
+def test_weight_decay_is_coupled_l2():
+    conv = torch.nn.Conv2d(1, 1, 1, bias=False)
+    conv.weight.data.fill_(2.0)
+    conv.weight.grad = torch.zeros_like(conv.weight)
+    build_adam(conv, 0.1, 0.01).step()
+    # Coupled, the decay is the whole gradient and Adam's first step has the size of the rate.
+    torch.testing.assert_close(conv.weight.item(), 1.9, rtol=1e-6, atol=0)
+
+
+def test_released_schedule_never_uses_the_base_rate_and_ends_at_zero():
+    rates = [learning_rate(epoch, 1.25e-3, 256) for epoch in range(256)]
+    assert rates[0] == 1.25e-3 * 255 / 256
+    assert rates[-1] == 0
+    torch.testing.assert_close(torch.tensor(rates).diff(), torch.full((255,), -1.25e-3 / 256))
+
+
+def test_textbook_schedule_starts_at_the_base_rate_and_ends_above_zero():
+    rates = [learning_rate(epoch, 1.0, 4, "textbook") for epoch in range(4)]
+    assert rates == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_set_learning_rate_reaches_both_groups():
+    optimizer = build_adam(torch.nn.Conv2d(1, 1, 1), 1.0, 0.0)
+    set_learning_rate(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_soft_target_loss_has_the_gradient_of_kl_and_ends_at_the_teachers_entropy():
+    torch.manual_seed(0)
+    student = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, 7, dtype=torch.float64)
+    (ours,) = torch.autograd.grad(soft_target_loss(student, teacher), student)
+    kl = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    (expected,) = torch.autograd.grad(kl, student)
+    torch.testing.assert_close(ours, expected)
+    entropy = -(teacher.softmax(1) * teacher.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(soft_target_loss(teacher + 5, teacher), entropy)
+
+
+def test_without_teacher_the_loss_is_label_cross_entropy_with_smoothing():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    images = torch.zeros(5, 3, 2, 2)
+    log_p = logits.log_softmax(1)
+    plain = -log_p[torch.arange(5), labels].mean()
+    torch.testing.assert_close(batch_loss(logits, images, labels, None, 0.0), plain)
+    smooth = 0.9 * plain + 0.1 * -log_p.mean()
+    torch.testing.assert_close(batch_loss(logits, images, labels, None, 0.1), smooth)
+
+
+def test_with_teacher_labels_do_not_count_and_the_teacher_gets_no_gradient():
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
+    images, logits = torch.randn(5, 3, 2, 2), torch.randn(5, 4, requires_grad=True)
+    losses = [
+        batch_loss(logits, images, torch.full((5,), label), teacher, 0.0) for label in (0, 3)
+    ]
+    assert losses[0] == losses[1]
+    losses[0].backward()
+    assert teacher[1].weight.grad is None and logits.grad.abs().sum() > 0

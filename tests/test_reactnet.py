@@ -1,0 +1,151 @@
+"""ReActNet-A: the golden numbers of the released code, the layout, and the options."""
+
+import pytest
+import torch
+
+from models import build_model
+from tests import golden
+from utils.errors import InputError
+from utils.losses import soft_target_loss
+from utils.optim import build_adam
+
+CASES = {"reactnet_a_step1": False, "reactnet_a_step2": True}
+FLAGS = [(a, w) for a in (False, True) for w in (False, True)]
+TOLERANCE = 1e-8
+
+
+def relative_error(value: torch.Tensor, expected) -> float:
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    return float((value - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def assert_summary(name: str, tensor: torch.Tensor, expected: dict) -> None:
+    """`tensor` has the recorded norm, first four values and, to its norm's accuracy, sum."""
+    norm = expected["norm"]
+    assert abs(tensor.norm().item() - norm) <= TOLERANCE * norm, name
+    assert abs(tensor.sum().item() - expected["sum"]) <= TOLERANCE * norm * tensor.numel() ** 0.5, name
+    first = torch.tensor(expected["first4"], dtype=torch.float64)
+    assert (tensor.flatten()[:4] - first).abs().max() <= TOLERANCE * norm, name
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case_and_model(request):
+    case = golden.read(request.param)
+    model = build_model("reactnet_a", binary_weights=CASES[request.param])
+    return case, golden.fill(model, case["salt"])
+
+
+def test_golden_numbers_of_the_released_code(case_and_model):
+    case, model = case_and_model
+    images, teacher_logits = golden.images(case), golden.teacher_logits(case)
+
+    with torch.no_grad():
+        logits = model.eval()(images)
+    assert relative_error(logits[:, :8], case["eval_logits_first8"]) < TOLERANCE
+    assert relative_error(logits.sum(), case["eval_logits_sum"]) < TOLERANCE
+    assert relative_error(logits.norm(), case["eval_logits_norm"]) < TOLERANCE
+
+    optimizer = build_adam(model, case["lr"], case["weight_decay"])
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decayed = [names[parameter] for parameter in optimizer.param_groups[1]["params"]]
+    assert sorted(decayed) == sorted(case["decayed"])
+
+    model.train()
+    for step, expected_loss in enumerate(case["losses"]):
+        logits = model(images)
+        loss = soft_target_loss(logits, teacher_logits)
+        optimizer.zero_grad()
+        loss.backward()
+        assert relative_error(loss.detach(), expected_loss) < TOLERANCE
+        if step == 0:
+            first8 = logits[:, :8].detach()
+            assert relative_error(first8, case["train_logits_first8"]) < TOLERANCE
+            assert list(case["grad"]) == [name for name, _ in model.named_parameters()]
+            for name, parameter in model.named_parameters():
+                assert_summary(name, parameter.grad, case["grad"][name])
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert_summary(name, parameter.detach(), case["after"][name])
+
+
+@pytest.mark.parametrize(("activations", "weights"), FLAGS)
+def test_layout_is_the_released_one_for_every_combination_of_flags(activations, weights):
+    with torch.device("meta"):
+        model = build_model(
+            "reactnet_a", binary_activations=activations, binary_weights=weights
+        )
+    layout = [(key, list(value.shape)) for key, value in model.state_dict().items()]
+    assert layout == list(golden.read_layout("reactnet_a_step2").items())
+
+
+@pytest.mark.parametrize(("activations", "weights"), FLAGS)
+@pytest.mark.parametrize("ste", ["polynomial", "clip"])
+def test_every_parameter_receives_a_gradient(activations, weights, ste):
+    torch.manual_seed(0)
+    model = build_model(
+        "reactnet_a",
+        num_classes=4,
+        width=0.125,
+        small_images=True,
+        binary_activations=activations,
+        binary_weights=weights,
+        activation_ste=ste,
+    )
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    # Without Sign a shift is only a constant, which the next BN takes out again.
+    needless = () if activations else ("move11.bias", "move21.bias")
+    assert not [n for n, g in gradients.items() if not g.any() and not n.endswith(needless)]
+
+
+def distinct_magnitudes(binary_activations: bool, binary_weights: bool) -> tuple[int, int]:
+    """Of the inputs of a binary convolution, and of one kernel that it convolves with."""
+    model = build_model(
+        "reactnet_a",
+        width=0.125,
+        small_images=True,
+        binary_activations=binary_activations,
+        binary_weights=binary_weights,
+    )
+    conv, inputs = model.feature[3].binary_3x3, []
+    hook = conv.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.eval()(torch.randn(2, 3, 32, 32))
+    hook.remove()
+    impulses = torch.eye(9 * 16).reshape(-1, 16, 3, 3)
+    kernel = conv(impulses)[:, 0, 1, 1]
+    return inputs[0].abs().unique().numel(), kernel.abs().unique().numel()
+
+
+def test_flags_decide_what_is_binary():
+    activations, weights = distinct_magnitudes(True, False)
+    assert activations == 1 and weights > 1
+    activations, weights = distinct_magnitudes(False, True)
+    assert activations > 1 and weights == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "small", "positions"), [(224, False, 7), (64, False, 2), (32, True, 4), (33, True, 5)]
+)
+def test_positions_that_reach_the_head(size, small, positions):
+    model = build_model("reactnet_a", num_classes=3, width=1 / 32, small_images=small).eval()
+    seen = []
+    model.pool1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    assert model(torch.zeros(1, 3, size, size)).shape == (1, 3)
+    assert seen == [(positions, positions)]
+
+
+@pytest.mark.parametrize("width", [0.1, 0.3, 0.5, 2.0])
+def test_width_multiplies_every_channel_count(width):
+    with torch.device("meta"):
+        model = build_model("reactnet_a", width=width)
+    stem = round(32 * width)
+    assert model.feature[0].conv1.out_channels == stem
+    assert model.fc.in_features == 32 * stem
+
+
+def test_unusable_options_are_refused_in_one_sentence():
+    with pytest.raises(InputError, match="choose one of reactnet_a"):
+        build_model("reactnet_b")
+    with pytest.raises(InputError, match="leaves no channel"):
+        build_model("reactnet_a", width=0.01)
