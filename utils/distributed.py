@@ -90,7 +90,7 @@ def share_weight(share: int, device: torch.device) -> Tensor | float:
     """
     if not dist.is_initialized():
         return 1.0
-    batch = sum_over_processes(torch.tensor(float(share), device=device))
+    batch = sum_over_processes(torch.tensor(share, dtype=torch.float64, device=device))
     return share * dist.get_world_size() / batch
 
 

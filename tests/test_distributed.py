@@ -1,0 +1,222 @@
+"""Two processes (gloo, CPU) against one: images, gradients, BN statistics, validation, launching."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import CLASSES, TINY, VAL
+from torch import nn
+from torch.nn.utils import parameters_to_vector
+
+from models import build_model
+from utils import engine
+from utils.data import TrainBatches, val_batches
+from utils.distributed import broadcast_buffers, distribute, training_process
+from utils.launch import torchrun_settings
+from utils.optim import build_adam
+
+ROOT = Path(__file__).parents[1]
+IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
+
+
+def step2_network() -> nn.Module:
+    torch.manual_seed(0)
+    options = {"num_classes": 3, "width": 1 / 16, "small_images": True}
+    return build_model("reactnet_a", latent_init="symmetric", **options).double()
+
+
+def network_without_bn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 14**2, 3)).double()
+
+
+def images_and_labels():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(IMAGES, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return images, torch.arange(IMAGES) % 3
+
+
+def train_three_steps(network, sync_bn: bool) -> dict:
+    """Train and validate in this process among its peers; what every one of them ended with."""
+    images, labels = images_and_labels()
+    with training_process() as process:
+        rank, world_size = process.rank, process.world_size
+        keys = list(TrainBatches(IMAGES, BATCH, 0, rank, world_size))
+        batches = [[index for _, index in batch] for batch in keys]
+        student = network()
+        model = distribute(student, process, sync_bn)
+        trained = engine.train_one_epoch(
+            model,
+            None,
+            [(images[batch], labels[batch]) for batch in batches],
+            build_adam(student, 1e-3, 5e-6),
+            process.device,
+        )
+        broadcast_buffers(student)
+        dealt = val_batches(IMAGES, BATCH, rank, world_size)
+        shares = [[index for _, index in batch] for batch in dealt]
+        validated = engine.validate(
+            student, [(images[share], labels[share]) for share in shares], process.device
+        )
+    buffers = [b.double().flatten() for b in student.buffers()] or [torch.zeros(1)]
+    return {
+        "parameters": parameters_to_vector(student.parameters()).detach(),
+        "buffers": torch.cat(buffers),
+        "trained": trained,
+        "validated": validated,
+    }
+
+
+def _peer(rank: int, folder: str, port: int, jobs: list) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    results = [train_three_steps(*job) for job in jobs]
+    torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """For each job, what one process and both of two processes ended with."""
+    jobs = [(step2_network, True), (step2_network, False), (network_without_bn, False)]
+    folder = tmp_path_factory.mktemp("peers")
+    mp.spawn(_peer, (str(folder), free_port(), jobs), nprocs=2)
+    pair = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    alone = [train_three_steps(*job) for job in jobs]
+    names = ("sync_bn", "per_process_bn", "without_bn")
+    return {
+        name: (alone[i], pair[0][i], pair[1][i]) for i, name in enumerate(names)
+    }
+
+
+def largest_difference(left: dict, right: dict, key: str) -> float:
+    return (left[key] - right[key]).abs().max().item()
+
+
+def accuracies(results: dict) -> list[float]:
+    return [results[split][key] for split in ("trained", "validated") for key in ("top1", "top5")]
+
+
+def test_with_sync_bn_two_processes_equal_one(outcomes):
+    alone, first, second = outcomes["sync_bn"]
+    for rank in (first, second):
+        assert largest_difference(alone, rank, "parameters") < 1e-9
+        assert largest_difference(alone, rank, "buffers") < 1e-9
+        assert accuracies(rank) == accuracies(alone)
+        for split in ("trained", "validated"):
+            assert rank[split]["images"] == IMAGES
+            assert abs(rank[split]["loss"] - alone[split]["loss"]) < 1e-9
+
+
+def test_gradients_are_averaged_over_the_images_also_of_an_uneven_batch(outcomes):
+    alone, first, second = outcomes["without_bn"]
+    assert largest_difference(alone, first, "parameters") < 1e-12
+    assert torch.equal(first["parameters"], second["parameters"])
+
+
+def test_bn_statistics_are_per_process_by_default_and_rank_0s_are_kept(outcomes):
+    alone, first, second = outcomes["per_process_bn"]
+    assert largest_difference(alone, first, "buffers") > 1e-3
+    assert torch.equal(first["buffers"], second["buffers"])
+    assert torch.equal(first["parameters"], second["parameters"])
+
+
+def test_validation_counts_each_image_once_and_agrees_on_all_processes(outcomes):
+    for alone, first, second in outcomes.values():
+        numbers = [
+            {k: v for k, v in one["validated"].items() if k != "images_per_second"}
+            for one in (alone, first, second)
+        ]
+        assert numbers[0]["images"] == IMAGES
+        assert numbers[1] == numbers[2]
+
+
+def launch(*arguments, processes: int = 1, **environment) -> subprocess.CompletedProcess:
+    """`bash step1/run.sh` from another directory, as a user would."""
+    return subprocess.run(
+        ["bash", str(ROOT / "step1" / "run.sh"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=300,
+        env={
+            **os.environ,
+            "PYTHON": sys.executable,
+            "NPROC_PER_NODE": str(processes),
+            **environment,
+        },
+    )
+
+
+def options(**values) -> list[str]:
+    return [text for name, value in {**TINY, **values}.items() for text in (f"--{name}", value)]
+
+
+def test_run_script_trains_under_torchrun_with_two_processes(tmp_path, image_folder):
+    run = launch(*options(data=image_folder, save=tmp_path / "out"), processes=2)
+    assert run.returncode == 0, run.stderr
+    assert "2 process(es)" in run.stdout
+    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["val_images"] for record in records] == [len(CLASSES) * VAL] * 2
+    assert run.stdout.count("finished: best") == 1
+
+
+def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_folder):
+    single = launch(*options(data=tmp_path / "nowhere", save=tmp_path / "out"))
+    assert single.returncode == 2
+    assert single.stderr.startswith("error: data folder") and single.stderr.count("\n") == 1
+    several = launch(
+        *options(data=image_folder, save=tmp_path / "out", batch_size=9), processes=2
+    )
+    assert several.returncode == 2
+    assert several.stderr.count("error: batch_size 9 is the global batch") == 1
+    assert "Traceback" not in several.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_machine_runs_one_process_per_gpu_or_one_on_a_cpu():
+    assert torchrun_settings({}, gpus=8) == {"PET_NPROC_PER_NODE": "8", "PET_STANDALONE": "1"}
+    assert torchrun_settings({}, gpus=0)["PET_NPROC_PER_NODE"] == "1"
+    assert torchrun_settings({"NPROC_PER_NODE": "2"}, gpus=0)["PET_NPROC_PER_NODE"] == "2"
+
+
+def test_several_machines_are_taken_from_the_usual_variables_or_slurm(tmp_path, monkeypatch):
+    given = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
+    expected = {
+        "PET_NPROC_PER_NODE": "4",
+        "PET_NNODES": "2",
+        "PET_NODE_RANK": "1",
+        "PET_MASTER_ADDR": "node0",
+        "PET_MASTER_PORT": "1234",
+    }
+    assert torchrun_settings(given, gpus=4) == expected
+
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text("#!/bin/sh\nprintf 'node0\\nnode1\\n'\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[0-1]"}
+    assert torchrun_settings(slurm, gpus=4) == expected | {"PET_MASTER_PORT": "29500"}
+
+
+def test_torchruns_own_variables_stand_above_all():
+    settings = torchrun_settings({"PET_NPROC_PER_NODE": "3", "NPROC_PER_NODE": "2"}, gpus=4)
+    assert settings["PET_NPROC_PER_NODE"] == "3"
+
+
+def test_several_machines_without_an_address_are_refused():
+    with pytest.raises(SystemExit, match="MASTER_ADDR"):
+        torchrun_settings({"NNODES": "2"}, gpus=1)
