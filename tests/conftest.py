@@ -63,7 +63,9 @@ def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Run]:
     def run(step: int, *flags: str, **options) -> Run:
         values = {**TINY, "data": image_folder, "save": tmp_path / f"step{step}", **options}
         arguments = [
-            text for name, value in values.items() if value is not None
+            text
+            for name, value in values.items()
+            if value is not None
             for text in (f"--{name}", str(value))
         ]
         monkeypatch.setattr(sys, "argv", [f"step{step}/train.py", *arguments, *flags])

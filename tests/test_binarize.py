@@ -11,10 +11,8 @@ from utils.binarize import BinaryConv2d, Sign, binarize_weight, sign_clip, sign_
 from utils.errors import InputError
 
 EPS = np.finfo(np.float64).eps
-BREAKPOINTS = np.array(
-    [-np.inf, -1e30, -2, -1 - EPS, -1, -1 + EPS, -0.5, -EPS, -0.0]
-    + [0.0, EPS, 0.5, 1 - EPS, 1, 1 + EPS, 2, 1e30, np.inf]
-)
+POSITIVE = [0.0, EPS, 0.5, 1 - EPS, 1, 1 + EPS, 2, 1e30, np.inf]
+BREAKPOINTS = np.array([*(-x for x in reversed(POSITIVE)), *POSITIVE])
 
 
 def polynomial_gradient(x: np.ndarray) -> np.ndarray:

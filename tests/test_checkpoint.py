@@ -41,11 +41,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_torch_save_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr(Path, "open", lambda self, mode: open("/dev/full", mode))  # noqa: PTH123
+def test_a_full_disk_under_torch_save_is_one_sentence(tmp_path):
+    def save_to_a_full_disk(_):
+        with Path("/dev/full").open("wb") as full:
+            torch.save({"a": torch.zeros(10**6)}, full)
+
     with pytest.raises(InputError, match="cannot write") as caught:
-        write_whole(tmp_path / "x", lambda file: torch.save({"a": torch.zeros(10**6)}, file))
+        write_whole(tmp_path / "x", save_to_a_full_disk)
     assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
 
 
 class Hostile:

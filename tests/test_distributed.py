@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) against one: images, gradients, BN statistics, validation, launching."""
+"""Two processes (gloo, CPU) against one: gradients, BN statistics, validation, launching."""
 
 import json
 import os
@@ -96,9 +96,7 @@ def outcomes(tmp_path_factory):
     pair = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     alone = [train_three_steps(*job) for job in jobs]
     names = ("sync_bn", "per_process_bn", "without_bn")
-    return {
-        name: (alone[i], pair[0][i], pair[1][i]) for i, name in enumerate(names)
-    }
+    return {name: (alone[i], pair[0][i], pair[1][i]) for i, name in enumerate(names)}
 
 
 def largest_difference(left: dict, right: dict, key: str) -> float:
@@ -178,9 +176,7 @@ def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_fo
     single = launch(*options(data=tmp_path / "nowhere", save=tmp_path / "out"))
     assert single.returncode == 2
     assert single.stderr.startswith("error: data folder") and single.stderr.count("\n") == 1
-    several = launch(
-        *options(data=image_folder, save=tmp_path / "out", batch_size=9), processes=2
-    )
+    several = launch(*options(data=image_folder, save=tmp_path / "out", batch_size=9), processes=2)
     assert several.returncode == 2
     assert several.stderr.count("error: batch_size 9 is the global batch") == 1
     assert "Traceback" not in several.stderr

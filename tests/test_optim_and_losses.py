@@ -85,9 +85,7 @@ def test_without_teacher_the_loss_is_label_cross_entropy_with_smoothing():
 def test_with_teacher_labels_do_not_count_and_the_teacher_gets_no_gradient():
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 4))
     images, logits = torch.randn(5, 3, 2, 2), torch.randn(5, 4, requires_grad=True)
-    losses = [
-        batch_loss(logits, images, torch.full((5,), label), teacher, 0.0) for label in (0, 3)
-    ]
+    losses = [batch_loss(logits, images, torch.full((5,), label), teacher, 0.0) for label in (0, 3)]
     assert losses[0] == losses[1]
     losses[0].backward()
     assert teacher[1].weight.grad is None and logits.grad.abs().sum() > 0

@@ -23,7 +23,9 @@ def assert_summary(name: str, tensor: torch.Tensor, expected: dict) -> None:
     """`tensor` has the recorded norm, first four values and, to its norm's accuracy, sum."""
     norm = expected["norm"]
     assert abs(tensor.norm().item() - norm) <= TOLERANCE * norm, name
-    assert abs(tensor.sum().item() - expected["sum"]) <= TOLERANCE * norm * tensor.numel() ** 0.5, name
+    assert abs(tensor.sum().item() - expected["sum"]) <= TOLERANCE * norm * tensor.numel() ** 0.5, (
+        name
+    )
     first = torch.tensor(expected["first4"], dtype=torch.float64)
     assert (tensor.flatten()[:4] - first).abs().max() <= TOLERANCE * norm, name
 
@@ -71,9 +73,7 @@ def test_golden_numbers_of_the_released_code(case_and_model):
 @pytest.mark.parametrize(("activations", "weights"), FLAGS)
 def test_layout_is_the_released_one_for_every_combination_of_flags(activations, weights):
     with torch.device("meta"):
-        model = build_model(
-            "reactnet_a", binary_activations=activations, binary_weights=weights
-        )
+        model = build_model("reactnet_a", binary_activations=activations, binary_weights=weights)
     layout = [(key, list(value.shape)) for key, value in model.state_dict().items()]
     assert layout == list(golden.read_layout("reactnet_a_step2").items())
 

@@ -42,9 +42,7 @@ def test_step2_continues_from_the_best_of_step1(run_step, tmp_path):
     second = run_step(2, init_from=step1 / BEST, learning_rate=1e-9)
     assert second.code == 0, second.err
     accuracy, epoch = best["best_top1_acc"], best["epoch"]
-    assert (
-        f"weights start from {step1 / BEST} (epoch {epoch}, top-1 {accuracy:.2f} %" in second.out
-    )
+    assert f"weights start from {step1 / BEST} (epoch {epoch}, top-1 {accuracy:.2f} %" in second.out
     for name, weight in read(step2 / NEWEST)["state_dict"].items():
         if not name.endswith(("running_mean", "running_var", "tracked")):
             torch.testing.assert_close(weight, best["state_dict"][name], rtol=0, atol=1e-7)
@@ -296,5 +294,3 @@ def test_tensorboard_holds_the_scalars(run_step, tmp_path):
     assert {"learning_rate", "train_loss", "val_top1", "val_top5"} <= scalars
     assert "train_images_per_second" in scalars
     assert [event.step for event in events.Scalars("val_top1")] == [0, 1]
-
-

@@ -1,0 +1,97 @@
+"""What came of several runs: a table of accuracy, size and operations, and their curves.
+
+python scripts/summarize.py --picture curves.png NAME=RUN_FOLDER ...
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+from models.loading import network_from_checkpoint
+from utils.checkpoint import BEST, write_whole
+from utils.config import read_yaml
+from utils.errors import InputError, command
+from utils.operations import count_layers, total
+
+HEADER = ("", "top-1 %", "best epoch", "parameters", "binary", "float32 KB", "packed KB", "MOPs")
+
+
+def read_records(folder: Path) -> list[dict]:
+    path = folder / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{folder} is not the folder of a run: cannot read {path}") from error
+
+
+def table_row(name: str, folder: Path) -> tuple[str, ...]:
+    best = max(read_records(folder), key=lambda record: record["val_top1"])
+    image_size = read_yaml(folder / "config.yaml").get("image_size", 224)
+    count = total(count_layers(network_from_checkpoint(folder / BEST), image_size))
+    return (
+        name,
+        f"{best['val_top1']:.2f}",
+        str(best["epoch"]),
+        f"{count.parameters:,}",
+        f"{count.binary_weights:,}",
+        f"{count.float_bytes / 1e3:,.0f}",
+        f"{count.packed_bytes / 1e3:,.0f}",
+        f"{count.ops / 1e6:.2f}",
+    )
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Markdown, so that it can be pasted into a page as it is."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    for row in (rows[0], rule, *rows[1:]):
+        print("| " + " | ".join(map(str.rjust, row, widths)) + " |")
+
+
+def draw_curves(runs: dict[str, Path], picture: Path) -> None:
+    """Loss and top-1 by epoch; validation as a line, training as a dashed one."""
+    figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for index, (name, folder) in enumerate(runs.items()):
+        records = read_records(folder)
+        epochs = [record["epoch"] for record in records]
+        for axes, key in ((losses, "loss"), (accuracies, "top1")):
+            for split, style in (("val", "-"), ("train", "--")):
+                values = [record[f"{split}_{key}"] for record in records]
+                label = name if split == "val" else None
+                axes.plot(epochs, values, style, color=f"C{index}", label=label)
+    losses.set(xlabel="epoch", ylabel="loss")
+    accuracies.set(xlabel="epoch", ylabel="top-1 %")
+    losses.set_title("training (dashed): the loss that was minimized", fontsize=9)
+    accuracies.set_title("validation (line), training (dashed)", fontsize=9)
+    accuracies.legend()
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+@command
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--picture", type=Path, required=True, help="PNG file for the curves")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN_FOLDER")
+    arguments = parser.parse_args()
+    runs = {}
+    for run in arguments.runs:
+        name, separator, folder = run.partition("=")
+        if not separator:
+            raise InputError(f"give each run as NAME=RUN_FOLDER, not {run!r}")
+        runs[name] = Path(folder)
+    print_table([HEADER, *(table_row(name, folder) for name, folder in runs.items())])
+    draw_curves(runs, arguments.picture)
+    print(f"curves: {arguments.picture}")
+
+
+if __name__ == "__main__":
+    main()
