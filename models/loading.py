@@ -15,10 +15,9 @@ def network_from_checkpoint(path: Path) -> nn.Module:
     Raises:
         InputError: the file cannot be read, or carries no configuration to build from.
     """
-    content = read_checkpoint(path)
-    config = from_saved(content.get("config"), path)
-    state = content["state_dict"]
-    num_classes = len(state["fc.bias"]) if "fc.bias" in state else 1000
-    model = build_model(config.model, num_classes=num_classes, **config.network_options())
-    load_strictly(model, state, path)
+    checkpoint = read_checkpoint(path)
+    config = from_saved(checkpoint.content.get("config"), path)
+    classes = len(checkpoint.state["fc.bias"])
+    model = build_model(config.model, num_classes=classes, **config.network_options())
+    load_strictly(model, checkpoint)
     return model

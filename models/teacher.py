@@ -54,10 +54,10 @@ def load_teacher(
 
 def _torchvision_network(name: str, weights_file: str | None) -> nn.Module:
     if weights_file is not None:
-        state = read_checkpoint(Path(weights_file))["state_dict"]
-        *_, last_bias = state.values()
+        checkpoint = read_checkpoint(weights_file)
+        *_, last_bias = checkpoint.state.values()
         teacher = torchvision.models.get_model(name, weights=None, num_classes=len(last_bias))
-        load_strictly(teacher, state, weights_file)
+        load_strictly(teacher, checkpoint)
         return teacher
     try:
         return torchvision.models.get_model(name, weights="DEFAULT")

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import build_model
 from models.teacher import load_teacher
 from utils import engine
-from utils.checkpoint import Loaded, load_initial_weights, resume, save_epoch
+from utils.checkpoint import Checkpoint, load_strictly, read_checkpoint, resume, save_epoch
 from utils.config import Config, parse_config
 from utils.data import open_images, train_loader, val_loader
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
@@ -41,7 +40,6 @@ def train(config: Config, process: Process) -> None:
 
     torch.manual_seed(config.seed)
     student = build_model(config.model, num_classes=classes, **config.network_options())
-    start = load_step1(student, config.init_from) if config.init_from else "scratch"
     student.to(device)
     teacher = load_teacher(
         config.teacher, config.teacher_checkpoint, classes, config.image_size, device
@@ -49,9 +47,16 @@ def train(config: Config, process: Process) -> None:
     optimizer = build_adam(student, config.learning_rate, config.weight_decay, config.decay_group)
 
     history = resume(config, student, optimizer)
+    if history:
+        start = f"epoch {history[-1]['epoch']} of this run, which goes on"
+    elif config.init_from:
+        start = read_step1(config.init_from)
+        load_strictly(student, start)
+    else:
+        start = "scratch"
     model = distribute(student, process, config.sync_bn)
     with RunLog(config, process, first_epoch=len(history)) as log:
-        log.opening(config, process, start, describe_groups(optimizer), history)
+        log.opening(config, process, start, describe_groups(optimizer))
         for epoch in range(len(history), config.epochs):
             rate = learning_rate(epoch, config.learning_rate, config.epochs, config.schedule)
             set_learning_rate(optimizer, rate)
@@ -76,14 +81,14 @@ def train(config: Config, process: Process) -> None:
         log.closing(history)
 
 
-def load_step1(student: nn.Module, path: str) -> Loaded:
-    """Latent weights, and everything else, from the checkpoint that step 1 left."""
+def read_step1(path: str) -> Checkpoint:
+    """The checkpoint that step 1 left: latent weights, and everything else, for step 2."""
     if not Path(path).exists():
         raise InputError(
             f"step 2 starts from step 1, and there is no {path}:"
             " run step 1 first (bash step1/run.sh), or pass --init_from with its checkpoint"
         )
-    return load_initial_weights(student, path)
+    return read_checkpoint(path)
 
 
 if __name__ == "__main__":

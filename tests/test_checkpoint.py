@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, data only, strict."""
 
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -10,8 +11,7 @@ import torch
 from models import build_model
 from models.loading import network_from_checkpoint
 from models.teacher import load_teacher
-from utils import checkpoint
-from utils.checkpoint import load_initial_weights, load_strictly, read_checkpoint, write_whole
+from utils.checkpoint import Checkpoint, load_strictly, read_checkpoint, write_whole
 from utils.errors import InputError
 
 CPU = torch.device("cpu")
@@ -104,21 +104,49 @@ def test_text_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path):
             read_checkpoint(path)
 
 
-def test_bare_and_dataparallel_state_dicts_load(tmp_path):
-    model = tiny()
-    state = model.state_dict()
-    for content in (state, {"state_dict": {f"module.{key}": state[key] for key in state}}):
-        other = tiny()
-        load_initial_weights(other, save(tmp_path / "file", content))
-        assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+LAYOUTS = {
+    "state dict alone": lambda state: state,
+    "released layout": lambda state: {
+        "epoch": 7,
+        "state_dict": {f"module.{key}": value for key, value in state.items()},
+        "best_top1_acc": torch.tensor(71.438),
+        "optimizer": {},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_layouts_load_strictly_and_are_told(tmp_path, layout):
+    state = tiny().state_dict()
+    checkpoint = read_checkpoint(save(tmp_path / "file", LAYOUTS[layout](state)))
+    other = tiny()
+    load_strictly(other, checkpoint)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+    assert checkpoint.layout == layout and layout in str(checkpoint)
 
 
 def test_what_was_loaded_is_told(tmp_path):
-    content = {"state_dict": tiny().state_dict(), "epoch": 7, "best_top1_acc": torch.tensor(71.438)}
-    path = save(tmp_path / "file", content)
-    loaded = load_initial_weights(tiny(), path)
-    assert (loaded.epoch, loaded.digest) == (7, checkpoint.file_digest(path))
-    assert str(loaded) == f"{path} (epoch 7, top-1 71.44 %, sha256 {loaded.digest}...)"
+    state = tiny().state_dict()
+    path = save(tmp_path / "file", LAYOUTS["released layout"](state))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    told = str(read_checkpoint(path))
+    assert told == f"{path} (released layout, epoch 7, top-1 71.44 %, sha256 {digest}...)"
+    assert "unknown epoch, unknown top-1" in str(read_checkpoint(save(path, state)))
+
+
+def test_flat_kernels_of_the_older_layout_load(tmp_path):
+    state = tiny().state_dict()
+    older = {
+        f"{key}s" if "binary" in key else key: value.reshape(-1, 1) if "binary" in key else value
+        for key, value in state.items()
+    }
+    other = tiny()
+    load_strictly(other, read_checkpoint(save(tmp_path / "file", {"state_dict": older})))
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+
+
+def held(state: dict) -> Checkpoint:
+    return Checkpoint(Path("file"), "state dict alone", state, {})
 
 
 def test_strict_loading_names_missing_left_over_and_misshapen_keys():
@@ -127,7 +155,7 @@ def test_strict_loading_names_missing_left_over_and_misshapen_keys():
     state["feature.14.bias"] = torch.zeros(1)
     state["fc.weight"] = torch.zeros(10, 32)
     with pytest.raises(InputError) as caught:
-        load_strictly(tiny(), state, "file")
+        load_strictly(tiny(), held(state))
     assert str(caught.value).startswith(
         "file does not fit this ReActNetA: it lacks 1 tensors (fc.bias)"
         " and has left over 1 tensors (feature.14.bias)"
@@ -141,7 +169,7 @@ def test_a_refused_state_changes_no_weight():
     state = tiny().state_dict()
     del state["fc.bias"]
     with pytest.raises(InputError):
-        load_strictly(model, state, "file")
+        load_strictly(model, held(state))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

@@ -42,7 +42,8 @@ def test_step2_continues_from_the_best_of_step1(run_step, tmp_path):
     second = run_step(2, init_from=step1 / BEST, learning_rate=1e-9)
     assert second.code == 0, second.err
     accuracy, epoch = best["best_top1_acc"], best["epoch"]
-    assert f"weights start from {step1 / BEST} (epoch {epoch}, top-1 {accuracy:.2f} %" in second.out
+    told = f"{step1 / BEST} (this repo's layout, epoch {epoch}, top-1 {accuracy:.2f} %, sha256 "
+    assert f"weights start from {told}" in second.out
     for name, weight in read(step2 / NEWEST)["state_dict"].items():
         if not name.endswith(("running_mean", "running_var", "tracked")):
             torch.testing.assert_close(weight, best["state_dict"][name], rtol=0, atol=1e-7)
@@ -108,7 +109,7 @@ def test_interrupted_run_ends_with_the_bits_of_an_unbroken_one(
     monkeypatch.setattr(engine, "train_one_epoch", original)
     torch.manual_seed(99)
     continued = run_step(step, save=tmp_path / "broken", **options)
-    assert "after epoch 1" in continued.out
+    assert "weights start from epoch 1 of this run" in continued.out
 
     contents = [read(tmp_path / name / NEWEST) for name in ("whole", "broken")]
     for key in ("epoch", "state_dict", "optimizer", "best_top1_acc", "rng"):

@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,17 +54,67 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU; nothing in the file is executed.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint file as read: its weights, and whatever else it carries."""
 
-    A bare state dict counts as a checkpoint of that alone; the `module.` that DataParallel puts
-    before each key is taken off.
+    path: Path
+    layout: str
+    state: dict[str, Tensor]
+    content: Mapping[str, Any]
+
+    @property
+    def epoch(self) -> int | None:
+        """The last epoch finished, counted from 0."""
+        return int(self.content["epoch"]) if "epoch" in self.content else None
+
+    @property
+    def top1(self) -> float | None:
+        """The best validation accuracy up to then, in percent."""
+        accuracy = self.content.get("best_top1_acc")
+        return None if accuracy is None else float(accuracy)
+
+    @cached_property
+    def digest(self) -> str:
+        """The first 16 hexadecimal digits of the file's SHA-256."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+    def __str__(self) -> str:
+        epoch = "unknown epoch" if self.epoch is None else f"epoch {self.epoch}"
+        top1 = "unknown top-1" if self.top1 is None else f"top-1 {self.top1:.2f} %"
+        return f"{self.path} ({self.layout}, {epoch}, {top1}, sha256 {self.digest}...)"
+
+
+def read_checkpoint(path: Path | str) -> Checkpoint:
+    """Read a checkpoint onto the CPU; nothing in the file is executed.
+
+    Besides this repo's layout: the released one, whose keys DataParallel prefixed with `module.`
+    (taken off here), and a bare state dict.
 
     Raises:
         InputError: no such file, truncated, not a checkpoint, or more than data.
     """
+    path = Path(path)
+    content = _read_data(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    if "state_dict" not in content:
+        content = {"state_dict": content}
+    state = content["state_dict"]
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
+        raise InputError(f"{path} is not a checkpoint: it has no state_dict of tensors")
+    if "config" in content:
+        layout = "this repo's layout"
+    else:
+        layout = "released layout" if len(content) > 1 else "state dict alone"
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    return Checkpoint(path, layout, state, content)
+
+
+def _read_data(path: Path) -> Any:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"checkpoint {path} does not exist") from error
     except OSError as error:
@@ -77,29 +128,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint, or a damaged or truncated one"
             f" ({type(error).__name__}): fetch or write it again"
         ) from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
-    if "state_dict" not in content:
-        content = {"state_dict": content}
-    state = content["state_dict"]
-    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
-        raise InputError(f"{path} is not a checkpoint: it has no state_dict of tensors")
-    return content | {"state_dict": {key.removeprefix("module."): state[key] for key in state}}
 
 
-def file_digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of the file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def load_strictly(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load every tensor of `model` from a checkpoint, in which nothing may be missing or left over.
 
-
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
-    """Load every tensor of `model` from `state`, in which nothing may be missing or left over.
+    The flat binary kernels of the older released layout, `...weights` of shape (N, 1), are given
+    the name and shape they have in `model`.
 
     Raises:
-        InputError: names the first keys that do not fit.
+        InputError: names the first keys that do not fit; `model` is unchanged.
     """
     own = model.state_dict()
+    state = _with_4d_kernels(checkpoint.state, own)
     problems = {
         "lacks": [key for key in own if key not in state],
         "has left over": [key for key in state if key not in own],
@@ -116,32 +157,20 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], source: Path | 
     ]
     if found:
         raise InputError(
-            f"{source} does not fit this {type(model).__name__}: it {' and '.join(found)};"
+            f"{checkpoint.path} does not fit this {type(model).__name__}: it {' and '.join(found)};"
             " check model, width and the number of classes in the data"
         )
     model.load_state_dict(state, strict=True)
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Where weights came from, for the log."""
-
-    path: Path
-    epoch: int
-    top1: float
-    digest: str
-
-    def __str__(self) -> str:
-        return f"{self.path} (epoch {self.epoch}, top-1 {self.top1:.2f} %, sha256 {self.digest}...)"
-
-
-def load_initial_weights(model: nn.Module, path: Path | str) -> Loaded:
-    """Start `model` from the weights of a checkpoint, strictly."""
-    path = Path(path)
-    content = read_checkpoint(path)
-    load_strictly(model, content["state_dict"], path)
-    top1 = float(content.get("best_top1_acc", float("nan")))
-    return Loaded(path, int(content.get("epoch", -1)), top1, file_digest(path))
+def _with_4d_kernels(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        kernel = key.removesuffix("s")
+        if key.endswith(".weights") and kernel in own and value.numel() == own[kernel].numel():
+            key, value = kernel, value.reshape(own[kernel].shape)
+        renamed[key] = value
+    return renamed
 
 
 def save_epoch(
@@ -174,14 +203,15 @@ def resume(config: Config, model: nn.Module, optimizer: Optimizer) -> list[dict[
     path = Path(config.save) / NEWEST
     if not path.exists():
         return []
-    content = read_checkpoint(path)
+    newest = read_checkpoint(path)
+    content = newest.content
     differences = config.differences(content.get("config", {}))
     if differences:
         raise InputError(
             f"{path} is of a run with other settings, {', '.join(differences)}:"
             " continue with the same ones, or pass --save with another folder"
         )
-    load_strictly(model, content["state_dict"], path)
+    load_strictly(model, newest)
     try:
         optimizer.load_state_dict(content["optimizer"])
         _set_rng_state(content["rng"])

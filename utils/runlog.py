@@ -15,7 +15,7 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.checkpoint import BEST, NEWEST, write_whole
+from utils.checkpoint import BEST, write_whole
 from utils.config import Config, as_yaml
 from utils.distributed import Process
 from utils.engine import Meter
@@ -74,10 +74,8 @@ class RunLog:
     def line(self, text: str) -> None:
         self._logger.info(text)
 
-    def opening(
-        self, config: Config, process: Process, start: Any, groups: str, history: list[dict]
-    ) -> None:
-        """Configuration, commit, versions, device and seed, then where the weights start."""
+    def opening(self, config: Config, process: Process, start: Any, groups: str) -> None:
+        """Configuration, commit, versions, device, seed, decay groups, where the weights start."""
         self.line("configuration\n" + as_yaml(config).rstrip())
         self.line(f"commit {_commit()}")
         self.line(
@@ -88,8 +86,6 @@ class RunLog:
         self.line(f"seed {config.seed}")
         self.line(f"parameters: {groups}")
         self.line(f"weights start from {start}")
-        if history:
-            self.line(f"continuing {self.folder / NEWEST} after epoch {history[-1]['epoch']}")
 
     def closing(self, history: list[dict[str, Any]]) -> None:
         """The best epoch and where its weights are."""
