@@ -3,9 +3,15 @@
 from torch import nn
 
 from models.reactnet import ReActNetA
+from models.resnet import BiRealR18, ReActNetR18, StrongBaselineR18
 from utils.errors import InputError
 
-MODELS = {"reactnet_a": ReActNetA}
+MODELS = {
+    "reactnet_a": ReActNetA,
+    "reactnet_r18": ReActNetR18,
+    "bireal_r18": BiRealR18,
+    "strong_baseline_r18": StrongBaselineR18,
+}
 
 
 def build_model(name: str, **options) -> nn.Module:

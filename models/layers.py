@@ -1,7 +1,13 @@
 """Small layers that the binary networks share."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
+
+from utils.binarize import BinaryConv2d, Sign
+from utils.errors import InputError
 
 
 class ChannelShift(nn.Module):
@@ -17,3 +23,29 @@ class ChannelShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias
+
+
+def scaled_width(channels: int, width: float) -> int:
+    """`channels` of the stem times `width`, rounded.
+
+    The other counts are multiples of the stem's, so that rounding never breaks a doubling.
+
+    Raises:
+        InputError: no channel is left.
+    """
+    scaled = round(channels * width)
+    if scaled < 1:
+        raise InputError(f"width {width} leaves no channel: give at least {1 / channels}")
+    return scaled
+
+
+def sign_factory(binary_activations: bool, activation_ste: str) -> Callable[[], nn.Module]:
+    """Makes the layer before each convolution that may be binary: Sign, or nothing."""
+    return partial(Sign, activation_ste) if binary_activations else nn.Identity
+
+
+def conv_factory(binary_weights: bool, latent_init: str) -> Callable[..., nn.Conv2d]:
+    """Makes the convolutions that may be binary, without bias."""
+    if binary_weights:
+        return partial(BinaryConv2d, bias=False, latent_init=latent_init)
+    return partial(nn.Conv2d, bias=False)

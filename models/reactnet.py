@@ -1,14 +1,11 @@
 """ReActNet-A, the binary network that the paper trains (Liu et al., ECCV 2020)."""
 
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import ChannelShift
-from utils.binarize import BinaryConv2d, Sign
-from utils.errors import InputError
+from models.layers import ChannelShift, conv_factory, scaled_width, sign_factory
 
 # Output channels of the stem and of the 13 blocks, at width 1.
 CHANNELS = [32] + [64] + [128] * 2 + [256] * 2 + [512] * 6 + [1024] * 2
@@ -45,7 +42,7 @@ class Block(nn.Module):
         c = in_channels
         self.move11 = ChannelShift(c)
         self.sign1 = sign()
-        self.binary_3x3 = conv(c, c, 3, stride, padding=1, bias=False)
+        self.binary_3x3 = conv(c, c, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(c)
         self.shortcut = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
         self.move12 = ChannelShift(c)
@@ -55,12 +52,12 @@ class Block(nn.Module):
         self.move21 = ChannelShift(c)
         self.sign2 = sign()
         if self.doubles:
-            self.binary_pw_down1 = conv(c, c, 1, bias=False)
-            self.binary_pw_down2 = conv(c, c, 1, bias=False)
+            self.binary_pw_down1 = conv(c, c, 1)
+            self.binary_pw_down2 = conv(c, c, 1)
             self.bn2_1 = nn.BatchNorm2d(c)
             self.bn2_2 = nn.BatchNorm2d(c)
         else:
-            self.binary_pw = conv(c, c, 1, bias=False)
+            self.binary_pw = conv(c, c, 1)
             self.bn2 = nn.BatchNorm2d(c)
         self.move22 = ChannelShift(out_channels)
         self.prelu2 = nn.PReLU(out_channels)
@@ -114,12 +111,9 @@ class ReActNetA(nn.Module):
         latent_init: str = "positive",
     ):
         super().__init__()
-        sign = partial(Sign, activation_ste) if binary_activations else nn.Identity
-        conv = partial(BinaryConv2d, latent_init=latent_init) if binary_weights else nn.Conv2d
-        # Every count is a multiple of the stem's, so that rounding never breaks a doubling.
-        stem = round(CHANNELS[0] * width)
-        if stem < 1:
-            raise InputError(f"width {width} leaves no channel: give at least {1 / CHANNELS[0]}")
+        sign = sign_factory(binary_activations, activation_ste)
+        conv = conv_factory(binary_weights, latent_init)
+        stem = scaled_width(CHANNELS[0], width)
         channels = [stem * c // CHANNELS[0] for c in CHANNELS]
 
         self.feature = nn.ModuleList([Stem(stem, stride=1 if small_images else 2)])

@@ -18,7 +18,7 @@ def test_steps_hold_the_released_recipe():
         assert (config.batch_size, config.epochs, config.learning_rate) == (256, 256, 1.25e-3)
         assert (config.image_size, config.val_resize, config.crop_scale) == (224, 256, 0.08)
         assert (config.schedule, config.lighting, config.decay_group) == ("released",) * 3
-        assert (config.activation_ste, config.latent_init) == ("polynomial", "positive")
+        assert (config.activation_ste, config.latent_init) == (None, "positive")
         assert config.binary_activations and not config.sync_bn
     assert (step1.binary_weights, step1.weight_decay, step1.init_from) == (False, 5e-6, None)
     assert (step2.binary_weights, step2.weight_decay) == (True, 0)

@@ -70,7 +70,9 @@ class Config:
     model: str = _option("name of a network in models/")
     binary_activations: bool = _option("Sign before each binary convolution")
     binary_weights: bool = _option("mean|w| * Sign(w) in each binary convolution")
-    activation_ste: str = _option("gradient of Sign", "polynomial", choices=tuple(ACTIVATION_STES))
+    activation_ste: str | None = _option(
+        "gradient of Sign; none for the network's own", None, choices=tuple(ACTIVATION_STES)
+    )
     latent_init: str = _option("latent weights from scratch", "positive", choices=LATENT_INITS)
     width: float = _option("multiplies every channel count", 1.0, above=0)
     small_images: bool = _option("fewer strides, for 32-pixel images", False)
@@ -120,8 +122,16 @@ class Config:
 
     def network_options(self) -> dict[str, Any]:
         """The constructor arguments of the network, all but the number of classes."""
-        names = ("binary_activations", "binary_weights", "activation_ste", "latent_init")
-        return {name: getattr(self, name) for name in (*names, "width", "small_images")}
+        options = {
+            "binary_activations": self.binary_activations,
+            "binary_weights": self.binary_weights,
+            "latent_init": self.latent_init,
+            "width": self.width,
+            "small_images": self.small_images,
+        }
+        if self.activation_ste:
+            options["activation_ste"] = self.activation_ste
+        return options
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields that change the result and differ from a saved configuration."""

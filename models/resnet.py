@@ -1,0 +1,179 @@
+"""Binary ResNet-18 networks: ReActNet-R18, Bi-Real-18 and StrongBaseline-R18.
+
+All have a real-valued 7x7 stem and four stages of four one-convolution blocks, each with its own
+shortcut.  The options are those of `models.reactnet.ReActNetA`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from models.layers import ChannelShift, conv_factory, scaled_width, sign_factory
+
+CHANNELS = (64, 128, 256, 512)  # of the four stages at width 1
+BLOCKS_PER_STAGE = 4
+
+
+def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """x itself; where the shape changes, average pooling, a real-valued 1x1 convolution and BN."""
+    if in_channels == out_channels:
+        return nn.Identity()
+    return nn.Sequential(
+        nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity(),
+        nn.Conv2d(in_channels, out_channels, 1, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class ReActBlock(nn.Module):
+    """RSign -> binary 3x3 -> BN -> + shortcut -> RPReLU.
+
+    Released parameter names: `move0` is the threshold of RSign, Sign(x + b); `move1`, `prelu`,
+    `move2` are RPReLU, PReLU(x + b1) + b2.
+    """
+
+    def __init__(self, in_channels, out_channels, stride, conv, sign, size):
+        super().__init__()
+        self.move0 = ChannelShift(in_channels)
+        self.sign = sign()
+        self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.move1 = ChannelShift(out_channels)
+        self.prelu = nn.PReLU(out_channels)
+        self.move2 = ChannelShift(out_channels)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        binary = self.sign(self.move0(x))
+        x = self.bn1(self.binary_conv(binary)) + self.downsample(x)  # (N, C', H/s, W/s)
+        return self.move2(self.prelu(self.move1(x)))
+
+
+class BiRealBlock(nn.Module):
+    """Sign -> binary 3x3 -> BN -> + shortcut (Liu et al., ECCV 2018).
+
+    Sign is the only nonlinearity: without `binary_activations` a ReLU stands in its place.
+    """
+
+    def __init__(self, in_channels, out_channels, stride, conv, sign, size):
+        super().__init__()
+        self.sign = nn.ReLU() if sign is nn.Identity else sign()
+        self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        return self.bn1(self.binary_conv(self.sign(x))) + self.downsample(x)  # (N, C', H/s, W/s)
+
+
+class LearnedScale(nn.Module):
+    """y = x * c * h * w, the product of three learned vectors over channels, rows and columns.
+
+    Vectors start at 1.  At another size than (C, H, W) was built for, c alone scales.
+    """
+
+    def __init__(self, channels: int, size: int):
+        super().__init__()
+        self.channel = nn.Parameter(torch.ones(channels, 1, 1))
+        self.row = nn.Parameter(torch.ones(1, size, 1))
+        self.column = nn.Parameter(torch.ones(1, 1, size))
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        if x.shape[-2:] != (self.row.numel(), self.column.numel()):
+            return x * self.channel
+        return x * (self.channel * self.row * self.column)
+
+
+class StrongBaselineBlock(nn.Module):
+    """BN -> Sign -> binary 3x3 -> learned scale -> PReLU -> + shortcut (Martinez et al. 2020)."""
+
+    def __init__(self, in_channels, out_channels, stride, conv, sign, size):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.sign = sign()
+        self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
+        self.scale = LearnedScale(out_channels, size)
+        self.prelu = nn.PReLU(out_channels)
+        self.downsample = shortcut(in_channels, out_channels, stride)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        y = self.scale(self.binary_conv(self.sign(self.bn1(x))))  # (N, C', H/s, W/s)
+        return self.prelu(y) + self.downsample(x)
+
+
+class BinaryResNet18(nn.Module):
+    """(N, 3, H, W) images -> (N, num_classes) logits; subclasses name their block.
+
+    Args:
+        small_images: for 32-pixel inputs; no max pooling and no stride in the last stage, so the
+            whole network has stride 8 instead of 32 and the head still sees 4x4 positions.
+        others: as of `models.reactnet.ReActNetA`.
+
+    Raises:
+        InputError: an unknown `activation_ste` or `latent_init`, or a width that leaves no channel.
+    """
+
+    block: type[nn.Module]
+    stem_has_prelu = False
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        binary_activations: bool = True,
+        binary_weights: bool = True,
+        activation_ste: str = "polynomial",
+        width: float = 1.0,
+        small_images: bool = False,
+        latent_init: str = "positive",
+    ):
+        super().__init__()
+        sign = sign_factory(binary_activations, activation_ste)
+        conv = conv_factory(binary_weights, latent_init)
+        stem = scaled_width(CHANNELS[0], width)
+        self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.prelu = nn.PReLU(stem) if self.stem_has_prelu else nn.Identity()
+        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+
+        sizes = (16, 8, 4, 4) if small_images else (56, 28, 14, 7)
+        before = stem
+        for stage, (channels, size) in enumerate(zip(CHANNELS, sizes, strict=True), start=1):
+            after = stem * channels // CHANNELS[0]
+            blocks = nn.Sequential()
+            for _ in range(BLOCKS_PER_STAGE):
+                keeps_size = before == after or (small_images and stage == len(CHANNELS))
+                stride = 1 if keeps_size else 2
+                blocks.append(self.block(before, after, stride, conv, sign, size))
+                before = after
+            setattr(self, f"layer{stage}", blocks)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(before, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)
+        x = self.maxpool(self.prelu(self.bn1(self.conv1(x))))  # (N, 64, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, H/32, W/32)
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+class ReActNetR18(BinaryResNet18):
+    """ReActNet on ResNet-18 (Liu et al., ECCV 2020)."""
+
+    block = ReActBlock
+
+
+class BiRealR18(BinaryResNet18):
+    """Bi-Real Net 18 (Liu et al., ECCV 2018)."""
+
+    block = BiRealBlock
+
+
+class StrongBaselineR18(BinaryResNet18):
+    """The strong baseline of Martinez et al. (ICLR 2020), which the paper's analysis trains.
+
+    Its gradient of Sign is the clip, where the other networks take the polynomial.
+    """
+
+    block = StrongBaselineBlock
+    stem_has_prelu = True
+
+    def __init__(self, num_classes: int = 1000, activation_ste: str = "clip", **options):
+        super().__init__(num_classes, activation_ste=activation_ste, **options)
