@@ -1,6 +1,7 @@
 """ReActNet-A, the binary network that the paper trains (Liu et al., ECCV 2020)."""
 
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,16 @@ class Block(nn.Module):
         conv: makes the convolutions that may be binary, `nn.Conv2d` or `BinaryConv2d`.
         sign: makes the binarization of their inputs, `Sign` or `nn.Identity`.
     """
+
+    # What takes up each binary convolution's scale when its weights become exactly +-1.
+    absorbs = MappingProxyType(
+        {
+            "binary_3x3": "bn1",
+            "binary_pw": "bn2",
+            "binary_pw_down1": "bn2_1",
+            "binary_pw_down2": "bn2_2",
+        }
+    )
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, conv, sign):
         super().__init__()

@@ -4,6 +4,8 @@ All have a real-valued 7x7 stem and four stages of four one-convolution blocks, 
 shortcut.  The options are those of `models.reactnet.ReActNetA`.
 """
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ class ReActBlock(nn.Module):
     `move2` are RPReLU, PReLU(x + b1) + b2.
     """
 
+    absorbs = MappingProxyType({"binary_conv": "bn1"})
+
     def __init__(self, in_channels, out_channels, stride, conv, sign, size):
         super().__init__()
         self.move0 = ChannelShift(in_channels)
@@ -53,6 +57,8 @@ class BiRealBlock(nn.Module):
 
     Sign is the only nonlinearity: without `binary_activations` a ReLU stands in its place.
     """
+
+    absorbs = MappingProxyType({"binary_conv": "bn1"})
 
     def __init__(self, in_channels, out_channels, stride, conv, sign, size):
         super().__init__()
@@ -85,6 +91,8 @@ class LearnedScale(nn.Module):
 
 class StrongBaselineBlock(nn.Module):
     """BN -> Sign -> binary 3x3 -> learned scale -> PReLU -> + shortcut (Martinez et al. 2020)."""
+
+    absorbs = MappingProxyType({"binary_conv": "scale"})
 
     def __init__(self, in_channels, out_channels, stride, conv, sign, size):
         super().__init__()

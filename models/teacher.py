@@ -7,8 +7,9 @@ import torch
 import torchvision
 from torch import nn
 
-from models.loading import network_from_checkpoint
+from models.loading import load_network
 from utils.checkpoint import load_strictly, read_checkpoint
+from utils.engine import count_outputs
 from utils.errors import InputError
 
 
@@ -36,14 +37,13 @@ def load_teacher(
     if name in torchvision.models.list_models(torchvision.models):
         teacher = _torchvision_network(name, weights_file)
     elif Path(name).exists():
-        teacher = network_from_checkpoint(Path(name))
+        teacher = load_network(name).model
     else:
         raise InputError(
             f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
         )
     teacher = teacher.to(device).eval().requires_grad_(False)
-    with torch.no_grad():
-        classes = teacher(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+    classes = count_outputs(teacher, image_size, device)
     if classes != num_classes:
         raise InputError(
             f"the teacher {name} has {classes} classes and the data {num_classes}: pass a --teacher"

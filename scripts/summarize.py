@@ -3,7 +3,6 @@
 python scripts/summarize.py --picture curves.png NAME=RUN_FOLDER ...
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,10 +14,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from models.loading import network_from_checkpoint
-from utils.checkpoint import BEST, write_whole
-from utils.config import read_yaml
-from utils.errors import InputError, command
+from models.loading import load_network
+from utils.checkpoint import BEST
+from utils.command_line import Parser, command
+from utils.errors import InputError
+from utils.files import write_whole
 from utils.operations import count_layers, total
 
 HEADER = ("", "top-1 %", "best epoch", "parameters", "binary", "float32 KB", "packed KB", "MOPs")
@@ -34,8 +34,8 @@ def read_records(folder: Path) -> list[dict]:
 
 def table_row(name: str, folder: Path) -> tuple[str, ...]:
     best = max(read_records(folder), key=lambda record: record["val_top1"])
-    image_size = read_yaml(folder / "config.yaml").get("image_size", 224)
-    count = total(count_layers(network_from_checkpoint(folder / BEST), image_size))
+    loaded = load_network(folder / BEST)
+    count = total(count_layers(loaded.model, loaded.config.image_size))
     return (
         name,
         f"{best['val_top1']:.2f}",
@@ -78,7 +78,7 @@ def draw_curves(runs: dict[str, Path], picture: Path) -> None:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--picture", type=Path, required=True, help="PNG file for the curves")
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN_FOLDER")
     arguments = parser.parse_args()

@@ -16,10 +16,10 @@ from models import build_model
 from models.teacher import load_teacher
 from utils import engine
 from utils.checkpoint import load_strictly, read_checkpoint, resume, save_epoch
+from utils.command_line import command
 from utils.config import Config, parse_config
 from utils.data import open_images, train_loader, val_loader
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
-from utils.errors import command
 from utils.optim import build_adam, describe_groups, learning_rate, set_learning_rate
 from utils.runlog import RunLog, epoch_record
 

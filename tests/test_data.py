@@ -10,10 +10,11 @@ from conftest import CLASSES, TRAIN, VAL, write_images
 from PIL import Image
 
 from utils import data
+from utils.command_line import one_sentence
 from utils.config import parse_config
 from utils.data import Lighting, SeededImages, TrainBatches, open_images, train_loader, val_loader
 from utils.distributed import Process
-from utils.errors import InputError, one_sentence
+from utils.errors import InputError
 from utils.shapes import SHAPES, SIZE, draw_shape, write_shapes
 
 STEP1 = Path(__file__).parents[1] / "step1" / "config.yaml"

@@ -20,6 +20,31 @@ def test_reactnet_a_has_the_published_counts():
     assert round(whole.packed_bytes / 1e6, 2) == 7.89
 
 
+@pytest.mark.parametrize("name", ["reactnet_r18", "bireal_r18", "strong_baseline_r18"])
+def test_resnet_18_networks_have_the_published_operations(name):
+    counts = count_layers(build_model(name), 224)
+    whole = total(counts)
+    assert (whole.flops, whole.bops) == (137_793_536, 1_676_279_808)
+    assert whole.ops == 163_985_408
+    assert whole.binary_weights == 10_985_472
+    assert sum(count.binary_weights > 0 for count in counts) == 16
+    if name == "reactnet_r18":
+        assert whole.parameters == 11_704_424
+
+
+def test_elementwise_layers_are_counted_on_request():
+    model = nn.Sequential(
+        nn.BatchNorm2d(3),
+        nn.PReLU(3),
+        nn.MaxPool2d(3, 2, 1),
+        nn.AvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+    )
+    counts = count_layers(model, 8, include_elementwise=True)  # 8 -> 4 -> 2 -> 1 pixels
+    assert [count.flops for count in counts] == [3 * 64, 3 * 64, 3 * 16 * 9, 3 * 4 * 4, 3 * 4]
+    assert total(count_layers(model, 8)).flops == 0
+
+
 @pytest.mark.parametrize(("activations", "weights"), [(True, False), (False, True)])
 def test_an_operation_is_binary_only_when_both_operands_are(activations, weights):
     model = build_model(

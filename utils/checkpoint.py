@@ -6,13 +6,12 @@ A checkpoint has the released keys, `epoch` (0-based, the last one finished), `s
 """
 
 import hashlib
-import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,38 +19,11 @@ from torch.optim import Optimizer
 
 from utils.config import Config
 from utils.errors import InputError
+from utils.files import write_whole
+from utils.packing import SUFFIX, read_packed
 
 NEWEST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Let `write` fill a file that then replaces `path`; on any failure `path` stays as it was.
-
-    Raises:
-        InputError: the file system refuses (no space, no permission).
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise InputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -66,7 +38,8 @@ class Checkpoint:
     @property
     def epoch(self) -> int | None:
         """The last epoch finished, counted from 0."""
-        return int(self.content["epoch"]) if "epoch" in self.content else None
+        epoch = self.content.get("epoch")
+        return None if epoch is None else int(epoch)
 
     @property
     def top1(self) -> float | None:
@@ -90,12 +63,15 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint onto the CPU; nothing in the file is executed.
 
     Besides this repo's layout: the released one, whose keys DataParallel prefixed with `module.`
-    (taken off here), and a bare state dict.
+    (taken off here), a bare state dict, and a packed file.
 
     Raises:
         InputError: no such file, truncated, not a checkpoint, or more than data.
     """
     path = Path(path)
+    if path.suffix == SUFFIX and path.is_file():
+        state, content = read_packed(path)
+        return Checkpoint(path, "packed", state, content)
     content = _read_data(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
@@ -108,6 +84,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         layout = "this repo's layout"
     else:
         layout = "released layout" if len(content) > 1 else "state dict alone"
+        if any(key.endswith(".weights") for key in state):
+            layout += " with flat kernels"
     state = {key.removeprefix("module."): value for key, value in state.items()}
     return Checkpoint(path, layout, state, content)
 
@@ -140,7 +118,7 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint) -> None:
         InputError: names the first keys that do not fit; `model` is unchanged.
     """
     own = model.state_dict()
-    state = _with_4d_kernels(checkpoint.state, own)
+    state = with_4d_kernels(checkpoint.state, own)
     problems = {
         "lacks": [key for key in own if key not in state],
         "has left over": [key for key in state if key not in own],
@@ -163,14 +141,24 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(state, strict=True)
 
 
-def _with_4d_kernels(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_4d_kernels(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], by_size: bool = True
+) -> dict[str, Tensor]:
+    """A state dict in which flat `...weights` have the names, and by size the shapes, of `own`."""
     renamed = {}
     for key, value in state.items():
         kernel = key.removesuffix("s")
-        if key.endswith(".weights") and kernel in own and value.numel() == own[kernel].numel():
-            key, value = kernel, value.reshape(own[kernel].shape)
+        if key.endswith(".weights") and kernel in own:
+            key = kernel
+            if by_size and value.numel() == own[kernel].numel():
+                value = value.reshape(own[kernel].shape)
         renamed[key] = value
     return renamed
+
+
+def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint's content whole or not at all."""
+    write_whole(path, lambda file: torch.save(content, file))
 
 
 def save_epoch(
@@ -190,8 +178,8 @@ def save_epoch(
     earlier = [record["val_top1"] for record in history[:-1]]
     # The best goes first: interrupted in between, the epoch is repeated and both are written.
     if history[-1]["val_top1"] > max(earlier, default=-1.0):
-        write_whole(Path(config.save) / BEST, lambda file: torch.save(content, file))
-    write_whole(Path(config.save) / NEWEST, lambda file: torch.save(content, file))
+        write_checkpoint(Path(config.save) / BEST, content)
+    write_checkpoint(Path(config.save) / NEWEST, content)
 
 
 def resume(config: Config, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -232,3 +220,14 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def write_released(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint in the released layout, for the original code; tensors bit for bit."""
+    content = {
+        "epoch": checkpoint.epoch or 0,
+        "state_dict": {f"module.{key}": value for key, value in checkpoint.state.items()},
+        "best_top1_acc": torch.tensor(checkpoint.top1 or 0.0, dtype=torch.float64),
+        "optimizer": checkpoint.content.get("optimizer", {}),
+    }
+    write_checkpoint(path, content)

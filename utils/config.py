@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from utils.binarize import ACTIVATION_STES, LATENT_INITS
+from utils.command_line import Parser
 from utils.errors import InputError
 from utils.optim import DECAY_GROUPS, SCHEDULES
 
@@ -212,26 +213,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _command_line(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=description,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(description)
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML laid over config.yaml"
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file laid over config.yaml")
     for f in FIELDS.values():
-        parser.add_argument(f"--{f.name}", metavar="X", help=f.metadata["help"])
-    parser.error = _raise_input_error
+        parser.add_argument(
+            f"--{f.name}", metavar="X", default=argparse.SUPPRESS, help=f.metadata["help"]
+        )
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         raise InputError(
             f"unknown option {rest[0]!r}: the valid ones are --config, --" + ", --".join(FIELDS)
         )
     return namespace
-
-
-def _raise_input_error(message: str):
-    raise InputError(message)
 
 
 def _parsed(name: str, text: str) -> Any:

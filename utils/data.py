@@ -161,25 +161,31 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
     Raises:
         InputError: a missing or empty folder, classes that differ, or a failed download.
     """
-    with first_on_each_machine(process):
-        if config.data == "cifar10":
-            train, val = _cifar10(config, train=True), _cifar10(config, train=False)
-        else:
-            folder = Path(config.data)
-            if config.data == "shapes":
-                folder = Path(config.cache_dir) / "shapes"
-                _draw_shapes(folder)
-            train, val = _image_folder(folder, "train"), _image_folder(folder, config.val_dir)
+    train = SeededImages(_open_split(config, process, True), train_transform(config), config.seed)
+    val = open_val_images(config, process)
     if train.classes != val.classes:
         raise InputError(
             f"{config.data}: {len(train.classes)} classes to train on,"
             f" {len(val.classes)} to validate on, and they must be the same;"
             f" only in one: {', '.join(sorted({*train.classes} ^ {*val.classes})[:3])}"
         )
-    return (
-        SeededImages(train, train_transform(config), config.seed),
-        SeededImages(val, val_transform(config)),
-    )
+    return train, val
+
+
+def open_val_images(config: Config, process: Process) -> SeededImages:
+    """The validation images alone."""
+    return SeededImages(_open_split(config, process, False), val_transform(config))
+
+
+def _open_split(config: Config, process: Process, train: bool) -> ImageFolder | CIFAR10:
+    with first_on_each_machine(process):
+        if config.data == "cifar10":
+            return _cifar10(config, train)
+        folder = Path(config.data)
+        if config.data == "shapes":
+            folder = Path(config.cache_dir) / "shapes"
+            _draw_shapes(folder)
+        return _image_folder(folder, "train" if train else config.val_dir)
 
 
 def _image_folder(folder: Path, split: str) -> ImageFolder:

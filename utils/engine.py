@@ -1,5 +1,6 @@
 """What happens to a batch: one epoch of training, one pass of validation."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 
@@ -16,18 +17,20 @@ class Meter:
     """Loss, top-1 and top-5 over the images seen, summed on the device without waiting for it."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss, (n, classes) logits and (n,) labels."""
+    def update(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: its (n,) losses or their mean, (n, classes) logits and (n,) labels."""
+        losses = losses.double().expand(len(labels))
         best = logits.topk(min(5, logits.shape[1])).indices  # (n, 5)
         hits = best == labels[:, None]
-        n = len(labels)
-        self.sums += torch.stack(
-            [loss.double() * n, hits[:, 0].sum(), hits.sum(), torch.tensor(n, device=loss.device)]
-        )
+        self.sums[0] += losses.sum()
+        self.sums[1] += losses.square().sum()
+        self.sums[2] += hits[:, 0].sum()
+        self.sums[3] += hits.sum()
+        self.sums[4] += len(labels)
 
     def reduce(self) -> "Meter":
         """Sum over all processes."""
@@ -36,7 +39,7 @@ class Meter:
 
     def results(self) -> dict[str, float]:
         """loss (mean), top1 and top5 (percent), images, images_per_second."""
-        loss, top1, top5, images = self.sums.tolist()
+        loss, _, top1, top5, images = self.sums.tolist()
         return {
             "loss": loss / images,
             "top1": 100 * top1 / images,
@@ -44,6 +47,11 @@ class Meter:
             "images": int(images),
             "images_per_second": images / (time.perf_counter() - self.started),
         }
+
+    def loss_deviation(self) -> float:
+        """Standard deviation of the losses of single images."""
+        loss, squares, *_, images = self.sums.tolist()
+        return math.sqrt(max(squares / images - (loss / images) ** 2, 0.0))
 
 
 Progress = Callable[[Iterable, Meter], Iterable]
@@ -83,7 +91,6 @@ def train_one_epoch(
     return meter.reduce().results()
 
 
-@torch.no_grad()
 def validate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -91,11 +98,28 @@ def validate(
     progress: Progress = without_progress,
 ) -> dict[str, float]:
     """Cross-entropy and accuracy on the labels, over the batches of all processes together."""
+    return measure(model, batches, device, progress).results()
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device,
+    progress: Progress = without_progress,
+) -> Meter:
+    """The meter behind `validate`, which also knows how the losses scatter."""
     model.eval()
     meter = Meter(device)
     for images, labels in progress(batches, meter):
         images = images.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         logits = model(images)
-        meter.update(F.cross_entropy(logits, labels), logits, labels)
-    return meter.reduce().results()
+        meter.update(F.cross_entropy(logits, labels, reduction="none"), logits, labels)
+    return meter.reduce()
+
+
+@torch.no_grad()
+def count_outputs(model: nn.Module, image_size: int, device: torch.device) -> int:
+    """The number of classes a network in eval mode tells apart, asked of the network itself."""
+    return model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]

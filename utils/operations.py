@@ -40,18 +40,35 @@ class LayerCount:
         return math.ceil(self.binary_weights / 8) + 4 * (self.parameters - self.binary_weights)
 
 
-def count_layers(model: nn.Module, image_size: int) -> list[LayerCount]:
-    """One `LayerCount` for each layer with parameters, in the order they are defined."""
+ELEMENTWISE = (nn.BatchNorm2d, nn.PReLU)
+POOLING = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+
+
+def count_layers(
+    model: nn.Module, image_size: int, include_elementwise: bool = False
+) -> list[LayerCount]:
+    """One `LayerCount` for each layer with parameters or operations, in the order of definition.
+
+    Args:
+        image_size: pixels, height and width.
+        include_elementwise: add one FLOP per value for BN and PReLU, and one per value that a
+            pooling window reads.
+    """
     operations: dict[nn.Module, tuple[int, int]] = {}
 
     def measure(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        per_output = module.weight[0].numel()
-        macs = per_output * output[0].numel()
+        if isinstance(module, POOLING):
+            operations[module] = (_values_pooled(module, inputs[0], output), 0)
+            return
+        if isinstance(module, ELEMENTWISE):
+            operations[module] = (output[0].numel(), 0)
+            return
+        macs = module.weight[0].numel() * output[0].numel()
         is_binary = isinstance(module, BinaryConv2d) and bool((inputs[0].abs() == 1).all())
         operations[module] = (0, macs) if is_binary else (macs, 0)
 
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(measure) for layer in layers]
+    counted = (nn.Conv2d, nn.Linear, *((ELEMENTWISE + POOLING) if include_elementwise else ()))
+    hooks = [m.register_forward_hook(measure) for m in model.modules() if isinstance(m, counted)]
     was_training = model.training
     try:
         with torch.no_grad():
@@ -65,10 +82,16 @@ def count_layers(model: nn.Module, image_size: int) -> list[LayerCount]:
     counts = []
     for name, module in model.named_modules():
         parameters = sum(p.numel() for p in module.parameters(recurse=False))
-        if parameters:
+        if parameters or module in operations:
             binary = module.weight.numel() if isinstance(module, BinaryConv2d) else 0
             counts.append(LayerCount(name, parameters, binary, *operations.get(module, (0, 0))))
     return counts
+
+
+def _values_pooled(module: nn.Module, x: Tensor, output: Tensor) -> int:
+    if isinstance(module, nn.AdaptiveAvgPool2d):
+        return x[0].numel()
+    return output[0].numel() * module.kernel_size**2
 
 
 def total(counts: list[LayerCount]) -> LayerCount:

@@ -15,11 +15,12 @@ import torchvision
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils.checkpoint import BEST, write_whole
+from utils.checkpoint import BEST
 from utils.config import Config, as_yaml
 from utils.distributed import Process
 from utils.engine import Meter
 from utils.errors import InputError
+from utils.files import write_whole
 
 LINE_EVERY = 100  # batches
 

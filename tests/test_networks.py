@@ -1,15 +1,22 @@
-"""ReActNet-A: the golden numbers of the released code, the layout, and the options."""
+"""The networks: golden numbers of the released code, layouts, and what the options do."""
 
 import pytest
 import torch
+from torch import nn
 
-from models import build_model
+from models import MODELS, build_model
+from models.resnet import LearnedScale
 from tests import golden
+from utils.binarize import Sign
 from utils.errors import InputError
 from utils.losses import soft_target_loss
 from utils.optim import build_adam
 
-CASES = {"reactnet_a_step1": False, "reactnet_a_step2": True}
+CASES = {
+    f"{name}_step{step}": (name, step == 2)
+    for name in ("reactnet_a", "reactnet_r18")
+    for step in (1, 2)
+}
 FLAGS = [(a, w) for a in (False, True) for w in (False, True)]
 TOLERANCE = 1e-8
 
@@ -33,7 +40,8 @@ def assert_summary(name: str, tensor: torch.Tensor, expected: dict) -> None:
 @pytest.fixture(scope="module", params=CASES)
 def case_and_model(request):
     case = golden.read(request.param)
-    model = build_model("reactnet_a", binary_weights=CASES[request.param])
+    name, binary_weights = CASES[request.param]
+    model = build_model(name, binary_weights=binary_weights)
     return case, golden.fill(model, case["salt"])
 
 
@@ -71,31 +79,34 @@ def test_golden_numbers_of_the_released_code(case_and_model):
 
 
 @pytest.mark.parametrize(("activations", "weights"), FLAGS)
-def test_layout_is_the_released_one_for_every_combination_of_flags(activations, weights):
+@pytest.mark.parametrize("name", ["reactnet_a", "reactnet_r18"])
+def test_layout_is_the_released_one_for_every_combination_of_flags(name, activations, weights):
     with torch.device("meta"):
-        model = build_model("reactnet_a", binary_activations=activations, binary_weights=weights)
+        model = build_model(name, binary_activations=activations, binary_weights=weights)
     layout = [(key, list(value.shape)) for key, value in model.state_dict().items()]
-    assert layout == list(golden.read_layout("reactnet_a_step2").items())
+    assert layout == list(golden.read_layout(f"{name}_step2").items())
 
 
 @pytest.mark.parametrize(("activations", "weights"), FLAGS)
 @pytest.mark.parametrize("ste", ["polynomial", "clip"])
-def test_every_parameter_receives_a_gradient(activations, weights, ste):
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_receives_a_gradient(name, activations, weights, ste):
     torch.manual_seed(0)
     model = build_model(
-        "reactnet_a",
+        name,
         num_classes=4,
         width=0.125,
         small_images=True,
         binary_activations=activations,
         binary_weights=weights,
         activation_ste=ste,
+        latent_init="symmetric",
     )
     model(torch.randn(4, 3, 32, 32)).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
     # Without Sign a shift is only a constant, which the next BN takes out again.
-    needless = () if activations else ("move11.bias", "move21.bias")
+    needless = () if activations else ("move11.bias", "move21.bias", "move0.bias")
     assert not [n for n, g in gradients.items() if not g.any() and not n.endswith(needless)]
 
 
@@ -127,12 +138,42 @@ def test_flags_decide_what_is_binary():
 @pytest.mark.parametrize(
     ("size", "small", "positions"), [(224, False, 7), (64, False, 2), (32, True, 4), (33, True, 5)]
 )
-def test_positions_that_reach_the_head(size, small, positions):
-    model = build_model("reactnet_a", num_classes=3, width=1 / 32, small_images=small).eval()
+@pytest.mark.parametrize("name", MODELS)
+def test_positions_that_reach_the_head(name, size, small, positions):
+    model = build_model(name, num_classes=3, width=1 / 32, small_images=small).eval()
+    pooling = [m for m in model.modules() if isinstance(m, nn.AdaptiveAvgPool2d)]
     seen = []
-    model.pool1.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
+    pooling[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-2:]))
     assert model(torch.zeros(1, 3, size, size)).shape == (1, 3)
     assert seen == [(positions, positions)]
+
+
+def test_without_binary_activations_bireal_keeps_a_nonlinearity():
+    model = build_model("bireal_r18", width=1 / 32, binary_activations=False)
+    assert sum(isinstance(m, nn.ReLU) for m in model.modules()) == 16
+
+
+def test_strong_baseline_scales_by_three_vectors_at_its_size_and_by_channel_at_others():
+    scale = LearnedScale(2, 3)
+    scale.channel.data = torch.tensor([2.0, 3.0])[:, None, None]
+    scale.row.data = torch.tensor([1.0, 5.0, 7.0])[None, :, None]
+    scale.column.data = torch.tensor([1.0, 11.0, 13.0])[None, None, :]
+    assert scale(torch.ones(1, 2, 3, 3))[0, 1, 2, 1] == 3 * 7 * 11
+    assert scale(torch.ones(1, 2, 4, 4)).unique().tolist() == [2, 3]
+    built_for = build_model("strong_baseline_r18", width=1 / 32)
+    sizes = [m.row.numel() for m in built_for.modules() if isinstance(m, LearnedScale)]
+    seen = []
+    for module in built_for.modules():
+        if isinstance(module, LearnedScale):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    built_for.eval()(torch.zeros(1, 3, 224, 224))
+    assert seen == sizes
+
+
+def test_default_gradient_of_sign_is_each_networks_own():
+    for name, ste in (("reactnet_a", "polynomial"), ("strong_baseline_r18", "clip")):
+        model = build_model(name, width=1 / 32)
+        assert {m.ste for m in model.modules() if isinstance(m, Sign)} == {ste}
 
 
 @pytest.mark.parametrize("width", [0.1, 0.3, 0.5, 2.0])
@@ -145,7 +186,8 @@ def test_width_multiplies_every_channel_count(width):
 
 
 def test_unusable_options_are_refused_in_one_sentence():
-    with pytest.raises(InputError, match="choose one of reactnet_a"):
+    with pytest.raises(InputError, match="choose one of reactnet_a, reactnet_r18, bireal_r18"):
         build_model("reactnet_b")
-    with pytest.raises(InputError, match="leaves no channel"):
-        build_model("reactnet_a", width=0.01)
+    for name in MODELS:
+        with pytest.raises(InputError, match="leaves no channel"):
+            build_model(name, width=0.005)

@@ -1,0 +1,83 @@
+"""ONNX: write a network, and run a written one with onnxruntime as if it were a module."""
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.exact import with_plain_convolutions
+from utils.errors import InputError
+from utils.files import write_whole
+
+SUFFIX = ".onnx"
+INPUT, OUTPUT = "images", "logits"
+
+
+def _onnxruntime():
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"ONNX files need the package {error.name}:"
+            " python -m pip install -r requirements-export.txt"
+        ) from error
+    return onnxruntime
+
+
+def write_onnx(model: nn.Module, path: Path, image_size: int, batch: int | None) -> None:
+    """Export `model` in eval mode, weights as plain convolutions: images (N, 3, S, S) -> logits.
+
+    Args:
+        batch: N; None leaves it dynamic.
+    """
+    _onnxruntime()
+    # Two images, because the exporter takes a dimension of 1 for a constant.
+    example = torch.zeros(batch or 2, 3, image_size, image_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its stages there
+        program = torch.onnx.export(
+            with_plain_convolutions(model),
+            (example,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+            dynamo=True,
+        )
+    write_whole(path, lambda file: file.write(program.model_proto.SerializeToString()))
+
+
+class OnnxNetwork(nn.Module):
+    """(N, 3, S, S) images -> (N, classes) logits, computed by onnxruntime on the CPU.
+
+    Raises:
+        InputError: the file is no ONNX network of one image input, or a package is missing.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        runtime = _onnxruntime()
+        try:
+            self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            (self.input,) = self.session.get_inputs()
+            self.batch, _, self.image_size, _ = self.input.shape
+        except Exception as error:  # onnxruntime raises types of its own for each kind of damage
+            raise InputError(
+                f"{path} is not an ONNX network of images, or a damaged one"
+                f" ({type(error).__name__}): convert it again"
+            ) from error
+
+    def forward(self, images: Tensor) -> Tensor:
+        pixels = images.cpu().numpy()
+        fixed = self.batch if isinstance(self.batch, int) else len(pixels)
+        logits = []
+        for start in range(0, len(pixels), fixed):
+            part = pixels[start : start + fixed]
+            padded = np.concatenate([part, part[:1].repeat(fixed - len(part), axis=0)])
+            logits.append(self.session.run(None, {self.input.name: padded})[0][: len(part)])
+        return torch.from_numpy(np.concatenate(logits))

@@ -1,0 +1,135 @@
+"""Convert a checkpoint for deployment; the answers stay those of the network, without retraining.
+
+    python scripts/convert.py FILE --to exact  --output model.pth.tar
+    python scripts/convert.py FILE --to packed --output model.safetensors [--dtype float16]
+    python scripts/convert.py FILE --to onnx   --output model.onnx [--batch 1] [--image_size 224]
+
+exact   kernels of exactly -1 and +1, their scales folded into the following BN
+packed  the same at 1 bit per binary weight, the other tensors in float32 or float16
+onnx    weights as plain float32 convolutions, batch dynamic unless --batch fixes it
+
+FILE may be a checkpoint of any layout or a packed file, so `--to exact` also unpacks.  All three
+are for inference: latent weights and optimizer stay behind.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from models.exact import binary_convolutions, with_exact_weights
+from models.loading import LoadedNetwork, inference_content, load_network
+from models.onnx_network import OnnxNetwork, write_onnx
+from utils.checkpoint import write_checkpoint
+from utils.command_line import Parser, boolean, command
+from utils.errors import InputError
+from utils.files import refuse_existing
+from utils.packing import SUFFIX as PACKED_SUFFIX
+from utils.packing import write_packed
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+CHECKED_IMAGES = 16
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("file", type=Path, help="checkpoint of any layout, or .safetensors")
+    parser.add_argument("--to", choices=("exact", "packed", "onnx"), required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="packed: other tensors")
+    parser.add_argument("--batch", type=int, help="onnx: fixed batch")
+    parser.add_argument("--image_size", type=int, help="onnx: pixels; the training's by default")
+    parser.add_argument(
+        "--binary_weights",
+        type=boolean,
+        help="true for step 2, false for step 1, where the file does not tell",
+    )
+    parser.add_argument("--small_images", type=boolean, help="where the file does not tell")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    arguments = parse()
+    refuse_existing(arguments.output, arguments.force)
+    loaded = load_network(
+        arguments.file,
+        binary_weights=arguments.binary_weights,
+        small_images=arguments.small_images,
+    )
+    print(loaded)
+    image_size = arguments.image_size or (loaded.config.image_size if loaded.config else 224)
+    if arguments.to == "onnx":
+        to_onnx(loaded, arguments.output, image_size, arguments.batch)
+    elif arguments.to == "packed":
+        to_packed(loaded, arguments.output, image_size, DTYPES[arguments.dtype])
+    else:
+        to_exact(loaded, arguments.output, image_size)
+    size = arguments.output.stat().st_size
+    print(f"wrote {arguments.output}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
+
+
+def to_exact(loaded: LoadedNetwork, output: Path, image_size: int) -> None:
+    check_folding(loaded.model, image_size)
+    state = with_exact_weights(loaded.model).state_dict()
+    write_checkpoint(output, {"state_dict": state, **inference_content(loaded)})
+    check_written(loaded.model, load_network(output).model, output, image_size)
+
+
+def to_packed(loaded: LoadedNetwork, output: Path, image_size: int, dtype: torch.dtype) -> None:
+    if output.suffix != PACKED_SUFFIX:
+        raise InputError(f"a packed file is named *{PACKED_SUFFIX}, not {output.name}")
+    check_folding(loaded.model, image_size)
+    model = with_exact_weights(loaded.model)
+    binary = {f"{name}.weight" for name in binary_convolutions(model)}
+    write_packed(output, model.state_dict(), binary, inference_content(loaded), dtype)
+    check_written(loaded.model, load_network(output).model, output, image_size)
+
+
+def to_onnx(loaded: LoadedNetwork, output: Path, image_size: int, batch: int | None) -> None:
+    write_onnx(loaded.model, output, image_size, batch)
+    check_written(loaded.model, OnnxNetwork(output), output, image_size)
+
+
+def random_images(image_size: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (CHECKED_IMAGES, 3, image_size, image_size)
+    return torch.randn(shape, generator=generator, dtype=dtype)
+
+
+@torch.no_grad()
+def check_folding(model: nn.Module, image_size: int) -> None:
+    """Print how far folding moves a logit in float64, where no rounding flips a Sign."""
+    images = random_images(image_size, torch.float64)
+    exact_arithmetic = copy.deepcopy(model).double()
+    difference = with_exact_weights(exact_arithmetic)(images) - exact_arithmetic(images)
+    print(f"float64: logits of {len(images)} random images within {difference.abs().max():.1e}")
+
+
+@torch.no_grad()
+def check_written(model: nn.Module, written: nn.Module, output: Path, image_size: int) -> None:
+    """Print how the written network answers beside the one it came from.
+
+    Raises:
+        InputError: it mostly predicts other classes; the file is removed.
+    """
+    images = random_images(image_size, torch.float32)
+    expected, logits = model(images), written(images)
+    agree = int((expected.argmax(1) == logits.argmax(1)).sum())
+    print(
+        f"as written: {agree} of {len(images)} predictions equal,"
+        f" logits within {(expected - logits).abs().max():.1e}"
+    )
+    if agree < len(images) / 2:
+        output.unlink()
+        raise InputError(f"{output} answered differently and was removed: the engine is unsound")
+
+
+if __name__ == "__main__":
+    main()

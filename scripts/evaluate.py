@@ -1,0 +1,154 @@
+"""Accuracy of a checkpoint, packed file or ONNX network, each validation image counted once.
+
+    python scripts/evaluate.py FILE --data /path/to/imagenet
+    python utils/launch.py scripts/evaluate.py FILE --data ...    (one process per GPU)
+
+A checkpoint trained here brings its image size; others are taken for 224 pixels after 256.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+
+from models.loading import LoadedNetwork, load_network
+from models.onnx_network import SUFFIX as ONNX_SUFFIX
+from models.onnx_network import OnnxNetwork
+from utils.checkpoint import write_released
+from utils.command_line import Parser, boolean, command
+from utils.config import Config, parse_config
+from utils.data import open_val_images, val_loader
+from utils.distributed import Process, training_process
+from utils.engine import Meter, count_outputs, measure
+from utils.errors import InputError
+from utils.files import refuse_existing
+
+Z95 = 1.959964  # of a two-sided 95 % interval
+DEFAULTS = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
+DATA_OPTIONS = ("data", "val_dir", "cache_dir", "image_size", "val_resize", "batch_size", "workers")
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("file", type=Path, help="checkpoint of any layout, .safetensors or .onnx")
+    for name in DATA_OPTIONS:
+        parser.add_argument(f"--{name}", metavar="X", help="as in training")
+    parser.add_argument(
+        "--binary_weights",
+        type=boolean,
+        help="true for step 2, false for step 1, where the file does not tell",
+    )
+    parser.add_argument("--small_images", type=boolean, help="where the file does not tell")
+    parser.add_argument("--expect", type=float, help="fail unless top-1's interval holds this")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--save_released", type=Path, help="write the file in the released layout")
+    parser.add_argument("--force", action="store_true", help="replace what --save_released finds")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    arguments = parse()
+    if arguments.save_released:
+        refuse_existing(arguments.save_released, arguments.force)
+    with training_process() as process:
+        model, loaded = open_network(arguments)
+        config = data_config(arguments, model, loaded)
+        results = evaluate(model.to(process.device), config, process)
+    if not process.is_main:
+        return
+    report(results, str(loaded or arguments.file), arguments.json)
+    if arguments.save_released:
+        if loaded is None:
+            raise InputError(f"{arguments.file} is no checkpoint: --save_released needs one")
+        write_released(loaded.checkpoint, arguments.save_released)
+    if arguments.expect is not None:
+        low, high = results["top1_interval"]
+        if not low <= arguments.expect <= high:
+            raise InputError(
+                f"expected top-1 {arguments.expect} % is outside of {low:.2f} to {high:.2f} %"
+            )
+
+
+def open_network(arguments: argparse.Namespace) -> tuple[nn.Module, LoadedNetwork | None]:
+    """The network to evaluate and, unless it is an ONNX file, where it came from."""
+    if arguments.file.suffix == ONNX_SUFFIX:
+        return OnnxNetwork(arguments.file), None
+    loaded = load_network(
+        arguments.file,
+        binary_weights=arguments.binary_weights,
+        small_images=arguments.small_images,
+    )
+    return loaded.model, loaded
+
+
+def data_config(
+    arguments: argparse.Namespace, model: nn.Module, loaded: LoadedNetwork | None
+) -> Config:
+    """Step 2's defaults, under the sizes that the network was trained with, under the options."""
+    given = {name: getattr(arguments, name) for name in DATA_OPTIONS}
+    options = [text for k, v in given.items() if v is not None for text in (f"--{k}", v)]
+    config = parse_config(DEFAULTS, options)
+    sizes = {}
+    if loaded and loaded.config:
+        sizes = {name: getattr(loaded.config, name) for name in ("image_size", "val_resize")}
+    elif isinstance(model, OnnxNetwork):
+        sizes = {"image_size": model.image_size}
+    own = {name: value for name, value in sizes.items() if given[name] is None}
+    return dataclasses.replace(config, **own)
+
+
+def evaluate(model: nn.Module, config: Config, process: Process) -> dict:
+    """top1, top5 (percent) and loss with their intervals, images, images_per_second."""
+    images = open_val_images(config, process)
+    classes = count_outputs(model, config.image_size, process.device)
+    if classes != len(images.classes):
+        raise InputError(
+            f"the network has {classes} classes and the data {len(images.classes)}:"
+            " evaluate on the data it was trained for"
+        )
+    meter = measure(model, val_loader(images, config, process), process.device)
+    results = meter.results()
+    if results["images"] != len(images):
+        raise RuntimeError(f"counted {results['images']} of {len(images)} images")
+    return results | intervals(meter)
+
+
+def intervals(meter: Meter) -> dict[str, list[float]]:
+    """95 % intervals: Wilson's for the accuracies, the normal one for the mean loss."""
+    results = meter.results()
+    n = results["images"]
+    half = Z95 * meter.loss_deviation() / math.sqrt(n)
+    bounds = {"loss_interval": [results["loss"] - half, results["loss"] + half]}
+    for name in ("top1", "top5"):
+        p = results[name] / 100
+        centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+        half = Z95 / (1 + Z95**2 / n) * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+        bounds[f"{name}_interval"] = [100 * (centre - half), 100 * (centre + half)]
+    return bounds
+
+
+def report(results: dict, what: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"network": what, "torch": torch.__version__} | results))
+        return
+    print(what)
+    for name, unit in (("top1", " %"), ("top5", " %"), ("loss", "")):
+        low, high = results[f"{name}_interval"]
+        digits = 2 if unit else 4
+        print(
+            f"{name} {results[name]:.{digits}f}{unit}"
+            f" (95 % interval {low:.{digits}f} to {high:.{digits}f})"
+        )
+    print(f"{results['images']} images, {results['images_per_second']:.0f} images/s")
+
+
+if __name__ == "__main__":
+    main()

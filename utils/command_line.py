@@ -1,0 +1,58 @@
+"""Command-line programs: parsing, and ending on a user's mistake with one sentence."""
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from utils.errors import InputError
+
+EXIT_CODE = 2
+_OTHER_RANKS_WAIT_SECONDS = 3.0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `InputError`s; the description keeps its lines."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the options")
+
+
+def boolean(text: str) -> bool:
+    """Argument type of `true` and `false`."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text == "true"
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make `main` end with `error: ...` on stderr and exit code 2 on an `InputError`."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except InputError as error:
+            # Every rank meets the same mistake; rank 0 says it, then torchrun stops the others.
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(_OTHER_RANKS_WAIT_SECONDS)
+            print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_CODE)
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+
+    return run
+
+
+def one_sentence(error: InputError) -> str:
+    """The message alone, also where a DataLoader worker wrapped it in its traceback."""
+    return str(error).strip().rsplit(f"{InputError.__name__}: ", 1)[-1]
