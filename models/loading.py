@@ -33,6 +33,16 @@ class LoadedNetwork:
         kernels = [m.weight for m in self.model.modules() if isinstance(m, BinaryConv2d)]
         return bool(kernels) and all(bool((kernel.abs() == 1).all()) for kernel in kernels)
 
+    @property
+    def image_size(self) -> int:
+        """Pixels it was trained with; 224 where the file does not tell, as released."""
+        return self.config.image_size if self.config else 224
+
+    @property
+    def val_resize(self) -> int:
+        """Shorter side of its validation images before the central crop; 256, as released."""
+        return self.config.val_resize if self.config else 256
+
     def __str__(self) -> str:
         if not self.options["binary_weights"]:
             weights = "real weights"

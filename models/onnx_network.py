@@ -15,6 +15,7 @@ from utils.files import write_whole
 
 SUFFIX = ".onnx"
 INPUT, OUTPUT = "images", "logits"
+VAL_RESIZE = "val_resize"
 
 
 def _onnxruntime():
@@ -30,11 +31,14 @@ def _onnxruntime():
     return onnxruntime
 
 
-def write_onnx(model: nn.Module, path: Path, image_size: int, batch: int | None) -> None:
+def write_onnx(
+    model: nn.Module, path: Path, image_size: int, batch: int | None, val_resize: int
+) -> None:
     """Export `model` in eval mode, weights as plain convolutions: images (N, 3, S, S) -> logits.
 
     Args:
         batch: N; None leaves it dynamic.
+        val_resize: shorter side of validation images before the central crop, kept as metadata.
     """
     _onnxruntime()
     # Two images, because the exporter takes a dimension of 1 for a constant.
@@ -49,7 +53,9 @@ def write_onnx(model: nn.Module, path: Path, image_size: int, batch: int | None)
             dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
             dynamo=True,
         )
-    write_whole(path, lambda file: file.write(program.model_proto.SerializeToString()))
+    network = program.model_proto
+    network.metadata_props.add(key=VAL_RESIZE, value=str(val_resize))
+    write_whole(path, lambda file: file.write(network.SerializeToString()))
 
 
 class OnnxNetwork(nn.Module):
@@ -66,6 +72,8 @@ class OnnxNetwork(nn.Module):
             self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
             (self.input,) = self.session.get_inputs()
             self.batch, _, self.image_size, _ = self.input.shape
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.val_resize = int(metadata.get(VAL_RESIZE, self.image_size))
         except Exception as error:  # onnxruntime raises types of its own for each kind of damage
             raise InputError(
                 f"{path} is not an ONNX network of images, or a damaged one"

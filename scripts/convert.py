@@ -64,7 +64,7 @@ def main() -> None:
         small_images=arguments.small_images,
     )
     print(loaded)
-    image_size = arguments.image_size or (loaded.config.image_size if loaded.config else 224)
+    image_size = arguments.image_size or loaded.image_size
     if arguments.to == "onnx":
         to_onnx(loaded, arguments.output, image_size, arguments.batch)
     elif arguments.to == "packed":
@@ -93,7 +93,8 @@ def to_packed(loaded: LoadedNetwork, output: Path, image_size: int, dtype: torch
 
 
 def to_onnx(loaded: LoadedNetwork, output: Path, image_size: int, batch: int | None) -> None:
-    write_onnx(loaded.model, output, image_size, batch)
+    resize = round(loaded.val_resize * image_size / loaded.image_size)
+    write_onnx(loaded.model, output, image_size, batch, resize)
     check_written(loaded.model, OnnxNetwork(output), output, image_size)
 
 

@@ -3,7 +3,9 @@
     python scripts/evaluate.py FILE --data /path/to/imagenet
     python utils/launch.py scripts/evaluate.py FILE --data ...    (one process per GPU)
 
-A checkpoint trained here brings its image size; others are taken for 224 pixels after 256.
+A file written here brings its image size; others are taken for 224 pixels after 256.
+In float32, roundings flip a few Signs whose inputs are near-ties, so two forms of one network may
+differ on an image in a thousand; with --precision float64 they do not.
 """
 
 import argparse
@@ -46,6 +48,7 @@ def parse() -> argparse.Namespace:
         help="true for step 2, false for step 1, where the file does not tell",
     )
     parser.add_argument("--small_images", type=boolean, help="where the file does not tell")
+    parser.add_argument("--precision", choices=("float32", "float64"), default="float32")
     parser.add_argument("--expect", type=float, help="fail unless top-1's interval holds this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--save_released", type=Path, help="write the file in the released layout")
@@ -61,13 +64,13 @@ def main() -> None:
     with training_process() as process:
         model, loaded = open_network(arguments)
         config = data_config(arguments, model, loaded)
+        if arguments.precision == "float64":
+            model = InFloat64(model)
         results = evaluate(model.to(process.device), config, process)
     if not process.is_main:
         return
     report(results, str(loaded or arguments.file), arguments.json)
     if arguments.save_released:
-        if loaded is None:
-            raise InputError(f"{arguments.file} is no checkpoint: --save_released needs one")
         write_released(loaded.checkpoint, arguments.save_released)
     if arguments.expect is not None:
         low, high = results["top1_interval"]
@@ -80,6 +83,10 @@ def main() -> None:
 def open_network(arguments: argparse.Namespace) -> tuple[nn.Module, LoadedNetwork | None]:
     """The network to evaluate and, unless it is an ONNX file, where it came from."""
     if arguments.file.suffix == ONNX_SUFFIX:
+        if arguments.precision == "float64":
+            raise InputError("an ONNX file computes in float32: leave --precision out")
+        if arguments.save_released:
+            raise InputError(f"{arguments.file} is no checkpoint: --save_released needs one")
         return OnnxNetwork(arguments.file), None
     loaded = load_network(
         arguments.file,
@@ -92,17 +99,24 @@ def open_network(arguments: argparse.Namespace) -> tuple[nn.Module, LoadedNetwor
 def data_config(
     arguments: argparse.Namespace, model: nn.Module, loaded: LoadedNetwork | None
 ) -> Config:
-    """Step 2's defaults, under the sizes that the network was trained with, under the options."""
+    """Step 2's defaults, over them the sizes that the network brings, over all the options."""
     given = {name: getattr(arguments, name) for name in DATA_OPTIONS}
     options = [text for k, v in given.items() if v is not None for text in (f"--{k}", v)]
     config = parse_config(DEFAULTS, options)
-    sizes = {}
-    if loaded and loaded.config:
-        sizes = {name: getattr(loaded.config, name) for name in ("image_size", "val_resize")}
-    elif isinstance(model, OnnxNetwork):
-        sizes = {"image_size": model.image_size}
-    own = {name: value for name, value in sizes.items() if given[name] is None}
-    return dataclasses.replace(config, **own)
+    source = loaded or model
+    own = {name: getattr(source, name) for name in ("image_size", "val_resize")}
+    return dataclasses.replace(config, **{k: v for k, v in own.items() if given[k] is None})
+
+
+class InFloat64(nn.Module):
+    """`model` in float64: its parameters as they are, every rounding far from a near-tie."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model.double()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images.double())
 
 
 def evaluate(model: nn.Module, config: Config, process: Process) -> dict:

@@ -35,7 +35,7 @@ def read_records(folder: Path) -> list[dict]:
 def table_row(name: str, folder: Path) -> tuple[str, ...]:
     best = max(read_records(folder), key=lambda record: record["val_top1"])
     loaded = load_network(folder / BEST)
-    count = total(count_layers(loaded.model, loaded.config.image_size))
+    count = total(count_layers(loaded.model, loaded.image_size))
     return (
         name,
         f"{best['val_top1']:.2f}",

@@ -1,5 +1,6 @@
 """A small image folder, and the two training programs run in this process."""
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,30 @@ class Run:
             assert word in self.err, self.err
 
 
+def run_main(main: Callable[[], None], arguments: list[str], monkeypatch, capsys) -> Run:
+    """Run a program in this process and catch how it ends."""
+    monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
+    capsys.readouterr()
+    code = 0
+    try:
+        main()
+    except SystemExit as exit:
+        code = exit.code
+    out, err = capsys.readouterr()
+    return Run(code, out, err)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys) -> Callable[..., Run]:
+    """Run `scripts/NAME.py` with the arguments given."""
+
+    def run(name: str, *arguments) -> Run:
+        main = importlib.import_module(f"scripts.{name}").main
+        return run_main(main, list(arguments), monkeypatch, capsys)
+
+    return run
+
+
 @pytest.fixture
 def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Run]:
     """Run `step` 1 or 2 with the options TINY, those given laid over them; None drops one."""
@@ -66,16 +91,9 @@ def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Run]:
             text
             for name, value in values.items()
             if value is not None
-            for text in (f"--{name}", str(value))
+            for text in (f"--{name}", value)
         ]
-        monkeypatch.setattr(sys, "argv", [f"step{step}/train.py", *arguments, *flags])
-        capsys.readouterr()
-        code = 0
-        try:
-            (step1_main if step == 1 else step2_main)()
-        except SystemExit as exit:
-            code = exit.code
-        out, err = capsys.readouterr()
-        return Run(code, out, err)
+        main = step1_main if step == 1 else step2_main
+        return run_main(main, [*arguments, *flags], monkeypatch, capsys)
 
     return run

@@ -1,0 +1,183 @@
+"""Exact +-1 weights, packing and ONNX: equal in float64, layer by layer in float32, and small."""
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from models import MODELS, build_model
+from models.exact import binary_convolutions, with_exact_weights, with_plain_convolutions
+from models.loading import load_network
+from models.onnx_network import OnnxNetwork, write_onnx
+from utils.errors import InputError
+from utils.packing import pack_bits, read_packed, unpack_bits, write_packed
+
+
+def trained_like(name: str, seed: int = 0, **options) -> nn.Module:
+    """A network with BN statistics, scales and latents as various as after training, float64."""
+    torch.manual_seed(seed)
+    model = build_model(
+        name, **{"num_classes": 5, "width": 1 / 8, "small_images": True, **options}
+    ).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.2, 2.0)
+            nn.init.normal_(module.weight, 1.0, 0.3)
+            nn.init.normal_(module.bias, 0.0, 0.3)
+    for conv in binary_convolutions(model).values():
+        nn.init.normal_(conv.weight, 0.0, 0.3)
+        conv.weight.data *= torch.rand(len(conv.weight), 1, 1, 1, dtype=torch.float64) + 0.05
+    return model.eval()
+
+
+def images(count: int = 8, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_exact_weights_give_the_same_logits_in_float64(name):
+    model = trained_like(name)
+    exact = with_exact_weights(model)
+    assert (exact(images()) - model(images())).abs().max() < 1e-9
+    for conv in binary_convolutions(exact).values():
+        assert (conv.weight.abs() == 1).all()
+    assert all((conv.weight.abs() != 1).any() for conv in binary_convolutions(model).values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_channel_whose_latents_are_all_zero_stays_silent(name):
+    model = trained_like(name)
+    for conv in binary_convolutions(model).values():
+        conv.weight.data[0] = 0
+    exact = with_exact_weights(model)
+    difference = exact(images()) - model(images())
+    assert torch.isfinite(difference).all() and difference.abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_each_block_agrees_in_float32_from_the_same_inputs(name):
+    model = trained_like(name).float()
+    exact = with_exact_weights(model)
+    blocks = [n for n, m in model.named_modules() if hasattr(m, "absorbs")]
+    seen = {}
+    for block in blocks:
+        model.get_submodule(block).register_forward_hook(
+            lambda _, args, output, block=block: seen.update({block: (args[0], output)})
+        )
+    model(images().float())
+    for block in blocks:
+        inputs, expected = seen[block]
+        # A block with a second Sign may meet a near-tie: nearly all of its values must agree.
+        close = torch.isclose(exact.get_submodule(block)(inputs), expected, rtol=1e-4, atol=1e-4)
+        assert close.double().mean() > 0.999
+
+
+@torch.no_grad()
+def test_real_weights_have_nothing_to_fold_and_plain_convolutions_equal_binary_ones():
+    with pytest.raises(InputError, match="has real weights"):
+        with_exact_weights(trained_like("reactnet_a", binary_weights=False))
+    model = trained_like("bireal_r18")
+    plain = with_plain_convolutions(model)
+    assert not binary_convolutions(plain)
+    assert torch.equal(plain(images()), model(images()))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 3, 3), (16, 8, 1, 1), (7, 1, 1, 1)])
+def test_bits_come_back(shape):
+    kernel = torch.where(torch.randn(shape) < 0, -1.0, 1.0)
+    packed = pack_bits(kernel)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-kernel.numel() // 8)
+    assert torch.equal(unpack_bits(packed, list(shape)), kernel)
+
+
+def test_the_first_weight_is_the_lowest_bit():
+    kernel = torch.tensor([1.0, -1, -1, -1, -1, -1, -1, -1, 1, 1]).reshape(1, 10, 1, 1)
+    assert pack_bits(kernel).tolist() == [0b1, 0b11]
+
+
+def pack(model: nn.Module, path, dtype=torch.float32) -> None:
+    binary = {f"{name}.weight" for name in binary_convolutions(model)}
+    network = {"model": "reactnet_a", "width": 1 / 8, "small_images": True}
+    network |= {"binary_weights": True, "binary_activations": True}
+    write_packed(path, model.state_dict(), binary, {"network": network}, dtype)
+
+
+@torch.no_grad()
+def test_a_packed_file_gives_back_the_exact_network_bit_for_bit(tmp_path):
+    exact = with_exact_weights(trained_like("reactnet_a").float())
+    path = tmp_path / "packed.safetensors"
+    pack(exact, path)
+    state, _ = read_packed(path)
+    assert all(torch.equal(state[key], value) for key, value in exact.state_dict().items())
+    loaded = load_network(path)
+    assert loaded.checkpoint.layout == "packed" and loaded.has_exact_weights
+    assert torch.equal(loaded.model(images().float()), exact(images().float()))
+
+
+def test_reactnet_a_packs_below_8_1_megabytes(tmp_path):
+    exact = with_exact_weights(build_model("reactnet_a"))
+    path = tmp_path / "packed.safetensors"
+    pack(exact, path)
+    assert 7.9e6 < path.stat().st_size < 8.1e6
+    pack(exact, path, torch.float16)
+    assert path.stat().st_size < 5.9e6
+
+
+def test_float16_keeps_kernels_exact_and_rounds_the_rest(tmp_path):
+    exact = with_exact_weights(trained_like("reactnet_a").float())
+    path = tmp_path / "packed.safetensors"
+    pack(exact, path, torch.float16)
+    state, _ = read_packed(path)
+    for key, value in exact.state_dict().items():
+        assert state[key].dtype == value.dtype
+        torch.testing.assert_close(state[key], value, rtol=2**-10, atol=1e-4)
+    assert (state["feature.3.binary_3x3.weight"].abs() == 1).all()
+
+
+def test_damaged_and_foreign_packed_files_are_one_sentence(tmp_path):
+    path = tmp_path / "packed.safetensors"
+    pack(with_exact_weights(trained_like("reactnet_a").float()), path)
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:100], whole[:-1], b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="not a packed file, or a damaged one") as caught:
+            load_network(path)
+        assert "\n" not in str(caught.value)
+    import safetensors.torch
+
+    path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, {"other": json.dumps(1)}))
+    with pytest.raises(InputError, match="not one packed by this repo"):
+        load_network(path)
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+@torch.no_grad()
+def test_onnx_answers_as_the_network_for_any_number_of_images(tmp_path, batch):
+    pytest.importorskip("onnxruntime")
+    model = trained_like("reactnet_r18", width=1 / 16).float()
+    path = tmp_path / "network.onnx"
+    write_onnx(model, path, 32, batch, val_resize=36)
+    network = OnnxNetwork(path)
+    assert (network.image_size, network.val_resize) == (32, 36)
+    for count in (1, 3, 4):
+        logits = network(images(count).float())
+        assert logits.shape == (count, 5)
+        assert (logits.argmax(1) == model(images(count).float()).argmax(1)).double().mean() >= 0.75
+
+
+def test_a_damaged_onnx_file_and_a_missing_package_are_one_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "network.onnx"
+    path.write_bytes(b"not a network")
+    with pytest.raises(InputError, match="is not an ONNX network of images"):
+        OnnxNetwork(path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(InputError, match="pip install -r requirements-export"):
+        OnnxNetwork(path)

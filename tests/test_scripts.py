@@ -1,0 +1,197 @@
+"""The commands for a checkpoint in hand: evaluate, inspect, convert, count, summarize."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLASSES, VAL, write_images
+
+from utils.checkpoint import BEST, NEWEST, read_checkpoint, write_released
+
+COUNT = len(CLASSES) * VAL
+
+
+@pytest.fixture
+def trained(run_step, tmp_path) -> Path:
+    """A binary checkpoint, trained for two epochs."""
+    assert run_step(2, init_from="none", latent_init="symmetric", learning_rate=1e-2).code == 0
+    return tmp_path / "step2" / BEST
+
+
+@pytest.fixture
+def evaluate(run_script, image_folder):
+    def run(file, *options, data=image_folder):
+        return run_script("evaluate", file, "--data", data, "--workers", 0, *options)
+
+    return run
+
+
+def test_evaluation_repeats_the_validation_of_training(trained, evaluate):
+    result = evaluate(trained, "--json")
+    assert result.code == 0, result.err
+    told = json.loads(result.out)
+    best = max(read_checkpoint(trained).content["history"], key=lambda r: r["val_top1"])
+    assert (told["top1"], told["top5"]) == (best["val_top1"], best["val_top5"])
+    assert told["loss"] == pytest.approx(best["val_loss"], rel=1e-6)
+    assert told["images"] == COUNT
+    for name in ("top1", "top5", "loss"):
+        low, high = told[f"{name}_interval"]
+        assert low <= told[name] <= high
+    assert "reactnet_a" in told["network"] and "latent weights" in told["network"]
+
+
+def test_every_form_has_the_same_accuracy_in_float64(trained, evaluate, run_script, tmp_path):
+    before = json.loads(evaluate(trained, "--json", "--precision", "float64").out)
+    forms = {"exact": "exact.pth.tar", "packed": "packed.safetensors"}
+    for form, name in forms.items():
+        converted = run_script("convert", trained, "--to", form, "--output", tmp_path / name)
+        assert converted.code == 0, converted.err
+        assert "float64: logits of 16 random images within" in converted.out
+        after = json.loads(evaluate(tmp_path / name, "--json", "--precision", "float64").out)
+        assert (after["top1"], after["top5"]) == (before["top1"], before["top5"])
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+        assert "exact +-1 weights" in after["network"]
+    assert (tmp_path / "packed.safetensors").stat().st_size < trained.stat().st_size / 3
+    unpacked = tmp_path / "unpacked.pth.tar"
+    source = tmp_path / "packed.safetensors"
+    assert run_script("convert", source, "--to", "exact", "--output", unpacked).code == 0
+    left, right = (read_checkpoint(p).state for p in (tmp_path / "exact.pth.tar", unpacked))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("batch", [(), ("--batch", 2)])
+def test_onnx_file_evaluates_at_the_size_it_was_trained_for(
+    trained, evaluate, run_script, tmp_path, batch
+):
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "network.onnx"
+    converted = run_script("convert", trained, "--to", "onnx", "--output", path, *batch)
+    assert converted.code == 0, converted.err
+    assert "predictions equal" in converted.out
+    told = json.loads(evaluate(path, "--json").out)
+    assert told["images"] == COUNT
+    assert told["loss"] == pytest.approx(json.loads(evaluate(trained, "--json").out)["loss"], 0.05)
+
+
+def test_expected_accuracy_is_checked_against_the_interval(trained, evaluate):
+    low, high = json.loads(evaluate(trained, "--json").out)["top1_interval"]
+    assert evaluate(trained, "--expect", (low + high) / 2).code == 0
+    missed = evaluate(trained, "--expect", high + 1)
+    missed.assert_one_sentence("is outside of", f"{high:.2f}")
+
+
+def test_file_saved_in_the_released_layout_evaluates_the_same(trained, evaluate, tmp_path):
+    path = tmp_path / "released.pth.tar"
+    first = evaluate(trained, "--json", "--save_released", path)
+    assert first.code == 0, first.err
+    sizes = ("--image_size", 16, "--val_resize", 16, "--small_images", "true")
+    second = evaluate(path, "--json", "--binary_weights", "true", *sizes)
+    results = [json.loads(run.out) for run in (first, second)]
+    assert results[0]["loss"] == results[1]["loss"]
+    assert "released layout" in results[1]["network"]
+    evaluate(trained, "--save_released", path).assert_one_sentence("exists and is kept", "--force")
+    assert evaluate(trained, "--save_released", path, "--force").code == 0
+
+
+def test_evaluation_refuses_what_it_cannot_answer(trained, evaluate, tmp_path, run_script):
+    two = write_images(tmp_path / "two", ("bars", "disc"))
+    evaluate(trained, data=two).assert_one_sentence("has 3 classes and the data 2")
+    evaluate(tmp_path / "missing").assert_one_sentence("does not exist")
+    evaluate(trained, data=tmp_path / "none").assert_one_sentence("does not exist", "--data")
+    evaluate(trained, "--momentum", 1).assert_one_sentence("--momentum")
+    evaluate(trained, "--binary_weights", "maybe").assert_one_sentence("true or false")
+    evaluate(trained, "--binary_weights", "false").assert_one_sentence("was trained with")
+    half = tmp_path / "half"
+    half.write_bytes(trained.read_bytes()[: trained.stat().st_size // 2])
+    for script in ("evaluate", "inspect_checkpoint"):
+        arguments = ("--data", two) if script == "evaluate" else ()
+        run_script(script, half, *arguments).assert_one_sentence("damaged or truncated")
+
+
+def test_inspection_tells_network_layout_and_every_binary_layer(trained, run_script, tmp_path):
+    told = json.loads(run_script("inspect_checkpoint", trained, "--json").out)
+    checkpoint = read_checkpoint(trained)
+    assert told["network"] == "reactnet_a" and told["layout"] == "this repo's layout"
+    assert (told["epoch"], told["top1"]) == (checkpoint.epoch, checkpoint.top1)
+    assert told["sha256_16"] == checkpoint.digest
+    assert len(told["layers"]) == 31
+    for layer in told["layers"]:
+        weight = checkpoint.state[f"{layer['name']}.weight"].double()
+        assert layer["shape"] == list(weight.shape) and not layer["exact"]
+        assert layer["positive_share"] == (weight >= 0).double().mean()
+        scales = weight.abs().flatten(1).mean(1)
+        expected = [scales.min().item(), scales.max().item()]
+        assert layer["scale_range"] == pytest.approx(expected, rel=1e-12)
+        assert layer["magnitude_quantiles"] == sorted(layer["magnitude_quantiles"])
+    text = run_script("inspect_checkpoint", trained).out
+    assert "feature.13.binary_pw" in text and "latent weights" in text
+
+    exact = tmp_path / "exact.pth.tar"
+    run_script("convert", trained, "--to", "exact", "--output", exact)
+    told = json.loads(run_script("inspect_checkpoint", exact, "--json").out)
+    assert all(layer["exact"] and layer["scale_range"] == [1, 1] for layer in told["layers"])
+
+
+def test_inspection_of_real_weights_says_so(run_step, run_script, tmp_path):
+    run_step(1, epochs=1)
+    newest = tmp_path / "step1" / NEWEST
+    result = run_script("inspect_checkpoint", newest)
+    assert result.code == 0 and "no layer is binary" in result.out
+    # The released layout does not tell step 1 from step 2; inspecting does not need to know.
+    released = tmp_path / "released.pth.tar"
+    write_released(read_checkpoint(newest), released)
+    assert "feature.1.binary_3x3" in run_script("inspect_checkpoint", released).out
+
+
+def test_conversion_refuses_what_would_lose_something(trained, run_script, run_step, tmp_path):
+    output = tmp_path / "output.pth.tar"
+    output.write_text("mine")
+    convert = ("convert", trained, "--to", "exact", "--output", output)
+    run_script(*convert).assert_one_sentence("exists and is kept", "--force")
+    assert output.read_text() == "mine"
+    assert run_script(*convert, "--force").code == 0
+
+    name = ("convert", trained, "--to", "packed", "--output", tmp_path / "packed.bin")
+    run_script(*name).assert_one_sentence("named *.safetensors")
+    nowhere = ("convert", trained, "--to", "exact", "--output", tmp_path / "none" / "x")
+    run_script(*nowhere).assert_one_sentence("cannot write")
+    run_step(1, epochs=1)
+    real = ("convert", tmp_path / "step1" / NEWEST, "--to", "exact", "--output", tmp_path / "r")
+    run_script(*real).assert_one_sentence("real weights")
+    assert not (tmp_path / "r").exists()
+
+
+def test_counts_are_printed_as_text_csv_and_json(run_script):
+    text = run_script("count_ops", "reactnet_a").out
+    total = text.splitlines()[-1].split()
+    assert total[:6] == [
+        "total", "29,343,592", "28,253,184", "11,862,016", "4,816,896,000", "87,126,016",
+    ]  # fmt: skip
+    rows = list(
+        csv.DictReader(io.StringIO(run_script("count_ops", "reactnet_r18", "--format", "csv").out))
+    )
+    assert rows[-1]["ops"] == "163985408" and rows[-1]["parameters"] == "11704424"
+    told = json.loads(run_script("count_ops", "bireal_r18", "--format", "json").out)
+    assert told[-1]["bops"] == sum(row["bops"] for row in told[:-1]) == 1_676_279_808
+    more = json.loads(
+        run_script("count_ops", "bireal_r18", "--format", "json", "--include_elementwise").out
+    )
+    assert more[-1]["flops"] > told[-1]["flops"] and more[-1]["bops"] == told[-1]["bops"]
+
+
+def test_counts_of_an_unknown_network_list_the_known_ones(run_script):
+    run_script("count_ops", "resnet50").assert_one_sentence("unknown model", "reactnet_a", "bireal")
+
+
+def test_summary_is_a_table_and_a_picture(trained, run_script, tmp_path):
+    picture = tmp_path / "curves.png"
+    result = run_script("summarize", "--picture", picture, f"step 2={trained.parent}")
+    assert result.code == 0, result.err
+    assert "step 2" in result.out and picture.read_bytes().startswith(b"\x89PNG")
+    run_script("summarize", "--picture", picture, "folder").assert_one_sentence("NAME=RUN_FOLDER")
+    run_script("summarize", "--picture", picture, f"a={tmp_path}").assert_one_sentence(
+        "is not the folder of a run"
+    )
