@@ -4,6 +4,7 @@ Which images a batch holds and how each is augmented is a function of (seed, epo
 alone: the same for any number of loading workers, and, together, for any number of processes.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -245,12 +246,14 @@ def val_loader(images: SeededImages, config: Config, process: Process) -> DataLo
 
 
 def _loader(images: SeededImages, batches, config: Config, process: Process) -> DataLoader:
+    # More workers than cores only wait for each other, and no result depends on their number.
+    workers = min(config.workers, os.cpu_count() or 1)
     return DataLoader(
         images,
         batch_sampler=batches,
-        num_workers=config.workers,
+        num_workers=workers,
         pin_memory=process.device.type == "cuda",
-        persistent_workers=config.workers > 0,
+        persistent_workers=workers > 0,
         # Its own generator: the loader's seed for its workers is drawn, and nothing here uses it.
         generator=torch.Generator(),
     )

@@ -104,7 +104,7 @@ class RunLog:
             bar = tqdm(batches, title, leave=False, disable=not shows_bar)
             for done, batch in enumerate(bar, start=1):
                 yield batch
-                if done % LINE_EVERY == 0:
+                if self.is_main and done % LINE_EVERY == 0:
                     now = meter.results()
                     text = f"loss {now['loss']:.4f}, top-1 {now['top1']:.2f} %"
                     bar.set_postfix_str(text)
