@@ -17,7 +17,7 @@ from torch.nn.utils import parameters_to_vector
 from models import build_model
 from utils import engine
 from utils.data import TrainBatches, val_batches
-from utils.distributed import broadcast_buffers, distribute, training_process
+from utils.distributed import Process, broadcast_buffers, distribute, training_process
 from utils.launch import torchrun_settings
 from utils.optim import build_adam
 
@@ -42,28 +42,26 @@ def images_and_labels():
     return images, torch.arange(IMAGES) % 3
 
 
-def train_three_steps(network, sync_bn: bool) -> dict:
-    """Train and validate in this process among its peers; what every one of them ended with."""
+def train_three_steps(process: Process, network, sync_bn: bool) -> dict:
+    """Train and validate in this process among its peers; what it ended with."""
     images, labels = images_and_labels()
-    with training_process() as process:
-        rank, world_size = process.rank, process.world_size
-        keys = list(TrainBatches(IMAGES, BATCH, 0, rank, world_size))
-        batches = [[index for _, index in batch] for batch in keys]
-        student = network()
-        model = distribute(student, process, sync_bn)
-        trained = engine.train_one_epoch(
-            model,
-            None,
-            [(images[batch], labels[batch]) for batch in batches],
-            build_adam(student, 1e-3, 5e-6),
-            process.device,
-        )
-        broadcast_buffers(student)
-        dealt = val_batches(IMAGES, BATCH, rank, world_size)
-        shares = [[index for _, index in batch] for batch in dealt]
-        validated = engine.validate(
-            student, [(images[share], labels[share]) for share in shares], process.device
-        )
+    rank, world_size = process.rank, process.world_size
+    keys = list(TrainBatches(IMAGES, BATCH, 0, rank, world_size))
+    batches = [[index for _, index in batch] for batch in keys]
+    student = network()
+    trained = engine.train_one_epoch(
+        distribute(student, process, sync_bn),
+        None,
+        [(images[batch], labels[batch]) for batch in batches],
+        build_adam(student, 1e-3, 5e-6),
+        process.device,
+    )
+    broadcast_buffers(student)
+    dealt = val_batches(IMAGES, BATCH, rank, world_size)
+    shares = [[index for _, index in batch] for batch in dealt]
+    validated = engine.validate(
+        student, [(images[share], labels[share]) for share in shares], process.device
+    )
     buffers = [b.double().flatten() for b in student.buffers()] or [torch.zeros(1)]
     return {
         "parameters": parameters_to_vector(student.parameters()).detach(),
@@ -73,11 +71,19 @@ def train_three_steps(network, sync_bn: bool) -> dict:
     }
 
 
-def _peer(rank: int, folder: str, port: int, jobs: list) -> None:
+JOBS = {
+    "sync_bn": (step2_network, True),
+    "per_process_bn": (step2_network, False),
+    "without_bn": (network_without_bn, False),
+}
+
+
+def _peer(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    results = [train_three_steps(*job) for job in jobs]
+    with training_process() as process:
+        results = {name: train_three_steps(process, *job) for name, job in JOBS.items()}
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 
@@ -90,13 +96,12 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     """For each job, what one process and both of two processes ended with."""
-    jobs = [(step2_network, True), (step2_network, False), (network_without_bn, False)]
     folder = tmp_path_factory.mktemp("peers")
-    mp.spawn(_peer, (str(folder), free_port(), jobs), nprocs=2)
+    mp.spawn(_peer, (str(folder), free_port()), nprocs=2)
     pair = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    alone = [train_three_steps(*job) for job in jobs]
-    names = ("sync_bn", "per_process_bn", "without_bn")
-    return {name: (alone[i], pair[0][i], pair[1][i]) for i, name in enumerate(names)}
+    with training_process() as process:
+        alone = {name: train_three_steps(process, *job) for name, job in JOBS.items()}
+    return {name: (alone[name], pair[0][name], pair[1][name]) for name in JOBS}
 
 
 def largest_difference(left: dict, right: dict, key: str) -> float:
