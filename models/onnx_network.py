@@ -88,4 +88,4 @@ class OnnxNetwork(nn.Module):
             part = pixels[start : start + fixed]
             padded = np.concatenate([part, part[:1].repeat(fixed - len(part), axis=0)])
             logits.append(self.session.run(None, {self.input.name: padded})[0][: len(part)])
-        return torch.from_numpy(np.concatenate(logits))
+        return torch.from_numpy(np.concatenate(logits)).to(images.device)

@@ -28,7 +28,7 @@ from models.onnx_network import OnnxNetwork, write_onnx
 from utils.checkpoint import write_checkpoint
 from utils.command_line import Parser, boolean, command
 from utils.errors import InputError
-from utils.files import refuse_existing
+from utils.files import check_output
 from utils.packing import SUFFIX as PACKED_SUFFIX
 from utils.packing import write_packed
 
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse()
-    refuse_existing(arguments.output, arguments.force)
+    check_output(arguments.output, arguments.force)
     loaded = load_network(
         arguments.file,
         binary_weights=arguments.binary_weights,

@@ -30,7 +30,7 @@ from utils.data import open_val_images, val_loader
 from utils.distributed import Process, training_process
 from utils.engine import Meter, count_outputs, measure
 from utils.errors import InputError
-from utils.files import refuse_existing
+from utils.files import check_output
 
 Z95 = 1.959964  # of a two-sided 95 % interval
 DEFAULTS = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     if arguments.save_released:
-        refuse_existing(arguments.save_released, arguments.force)
+        check_output(arguments.save_released, arguments.force)
     with training_process() as process:
         model, loaded = open_network(arguments)
         config = data_config(arguments, model, loaded)
@@ -109,7 +109,7 @@ def data_config(
 
 
 class InFloat64(nn.Module):
-    """`model` in float64: its parameters as they are, every rounding far from a near-tie."""
+    """`model` in float64, its parameters as they are: roundings too small to flip a Sign."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

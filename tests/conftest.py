@@ -1,6 +1,8 @@
 """A small image folder, and the two training programs run in this process."""
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from step1.train import main as step1_main
 from step2.train import main as step2_main
 from utils.shapes import draw_shape
 
+ROOT = Path(__file__).parents[1]
 CLASSES = ("bars", "disc", "star")
 TRAIN, VAL = 8, 5  # images of each class
 # The smallest run of either step: 3 batches an epoch on a network of width 1/32.
@@ -97,3 +100,17 @@ def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Run]:
         return run_main(main, [*arguments, *flags], monkeypatch, capsys)
 
     return run
+
+
+def launch(program: str, *arguments, processes: int = 2) -> subprocess.CompletedProcess:
+    """Start a run.sh, or a Python program through utils/launch.py, from another directory."""
+    is_script = program.endswith(".sh")
+    command = ["bash"] if is_script else [sys.executable, str(ROOT / "utils" / "launch.py")]
+    return subprocess.run(
+        [*command, str(ROOT / program), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        timeout=300,
+        env={**os.environ, "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes)},
+    )

@@ -80,6 +80,7 @@ def test_text_fields_keep_text_that_looks_like_a_number(monkeypatch, tmp_path):
         (["--label_smoothing", "1"], ["label_smoothing must be below 1"]),
         (["--schedule", "cosine"], ["schedule must be one of released, textbook"]),
         (["--label_smoothing", "0.1"], ["label_smoothing acts on labels"]),
+        (["--image_size", "288"], ["val_resize 256 is smaller than the image_size 288"]),
         (["--config", "missing.yaml"], ["cannot read configuration", "missing.yaml"]),
     ],
 )

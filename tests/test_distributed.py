@@ -3,14 +3,12 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import CLASSES, TINY, VAL
+from conftest import CLASSES, TINY, VAL, launch
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
@@ -21,7 +19,6 @@ from utils.distributed import Process, broadcast_buffers, distribute, training_p
 from utils.launch import torchrun_settings
 from utils.optim import build_adam
 
-ROOT = Path(__file__).parents[1]
 IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
 
 
@@ -146,29 +143,12 @@ def test_validation_counts_each_image_once_and_agrees_on_all_processes(outcomes)
         assert numbers[1] == numbers[2]
 
 
-def launch(*arguments, processes: int = 1, **environment) -> subprocess.CompletedProcess:
-    """`bash step1/run.sh` from another directory, as a user would."""
-    return subprocess.run(
-        ["bash", str(ROOT / "step1" / "run.sh"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd="/",
-        timeout=300,
-        env={
-            **os.environ,
-            "PYTHON": sys.executable,
-            "NPROC_PER_NODE": str(processes),
-            **environment,
-        },
-    )
-
-
 def options(**values) -> list[str]:
     return [text for name, value in {**TINY, **values}.items() for text in (f"--{name}", value)]
 
 
 def test_run_script_trains_under_torchrun_with_two_processes(tmp_path, image_folder):
-    run = launch(*options(data=image_folder, save=tmp_path / "out"), processes=2)
+    run = launch("step1/run.sh", *options(data=image_folder, save=tmp_path / "out"), processes=2)
     assert run.returncode == 0, run.stderr
     assert "2 process(es)" in run.stdout
     lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
@@ -178,10 +158,16 @@ def test_run_script_trains_under_torchrun_with_two_processes(tmp_path, image_fol
 
 
 def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_folder):
-    single = launch(*options(data=tmp_path / "nowhere", save=tmp_path / "out"))
+    single = launch(
+        "step1/run.sh", *options(data=tmp_path / "nowhere", save=tmp_path / "out"), processes=1
+    )
     assert single.returncode == 2
     assert single.stderr.startswith("error: data folder") and single.stderr.count("\n") == 1
-    several = launch(*options(data=image_folder, save=tmp_path / "out", batch_size=9), processes=2)
+    several = launch(
+        "step1/run.sh",
+        *options(data=image_folder, save=tmp_path / "out", batch_size=9),
+        processes=2,
+    )
     assert several.returncode == 2
     assert several.stderr.count("error: batch_size 9 is the global batch") == 1
     assert "Traceback" not in several.stderr

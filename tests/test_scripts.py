@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, VAL, write_images
+from conftest import CLASSES, VAL, launch, write_images
 
 from utils.checkpoint import BEST, NEWEST, read_checkpoint, write_released
 
@@ -195,3 +195,15 @@ def test_summary_is_a_table_and_a_picture(trained, run_script, tmp_path):
     run_script("summarize", "--picture", picture, f"a={tmp_path}").assert_one_sentence(
         "is not the folder of a run"
     )
+
+
+def test_two_processes_evaluate_as_one(trained, evaluate, image_folder):
+    alone = json.loads(evaluate(trained, "--json", "--batch_size", 4).out)
+    run = launch(
+        "scripts/evaluate.py", trained, "--data", image_folder, "--json", "--batch_size", 4
+    )
+    assert run.returncode == 0, run.stderr
+    together = json.loads(run.stdout)
+    for name in ("top1", "top5", "images"):
+        assert together[name] == alone[name]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)

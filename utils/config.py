@@ -99,12 +99,12 @@ class Config:
     learning_rate: float = _option("base rate of Adam", above=0)
     weight_decay: float = _option("coupled L2 of the decay group")
     decay_group: str = _option(
-        "4-D parameters (released: with the shifts) or convolutions alone",
+        "what decays; released takes in the shifts",
         "released",
         choices=tuple(DECAY_GROUPS),
     )
     schedule: str = _option(
-        "linear decay, one epoch ahead (released) or textbook", "released", choices=tuple(SCHEDULES)
+        "linear decay; released runs one epoch ahead", "released", choices=tuple(SCHEDULES)
     )
 
     # Run
@@ -115,6 +115,11 @@ class Config:
     sync_bn: bool = _option("BN statistics over all processes instead of each one's", False)
 
     def __post_init__(self):
+        if self.val_resize < self.image_size:
+            raise InputError(
+                f"val_resize {self.val_resize} is smaller than the image_size {self.image_size}"
+                " that is cut out of it: make it at least as large"
+            )
         if self.teacher and self.label_smoothing:
             raise InputError(
                 "label_smoothing acts on labels, which a teacher replaces:"
@@ -219,7 +224,7 @@ def _command_line(arguments: Sequence[str] | None, description: str) -> argparse
     )
     for f in FIELDS.values():
         parser.add_argument(
-            f"--{f.name}", metavar="X", default=argparse.SUPPRESS, help=f.metadata["help"]
+            f"--{f.name}", metavar="X", default=argparse.SUPPRESS, help=_help_text(f)
         )
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
@@ -227,6 +232,15 @@ def _command_line(arguments: Sequence[str] | None, description: str) -> argparse
             f"unknown option {rest[0]!r}: the valid ones are --config, --" + ", --".join(FIELDS)
         )
     return namespace
+
+
+def _help_text(f: dataclasses.Field) -> str:
+    text = f.metadata["help"]
+    if "choices" in f.metadata:
+        text += f": {', '.join(f.metadata['choices'])}"
+    if f.default is not dataclasses.MISSING:
+        text += f" (default {f.default})"
+    return text
 
 
 def _parsed(name: str, text: str) -> Any:

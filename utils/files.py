@@ -39,11 +39,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Keep a file that is already there.
+def check_output(path: Path, force: bool) -> None:
+    """Before any work: the folder of `path` is there, and a file that exists is kept.
 
     Raises:
-        InputError: `path` exists and `force` is off.
+        InputError: no such folder, or `path` exists and `force` is off.
     """
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if path.exists() and not force:
         raise InputError(f"{path} exists and is kept: choose another name, or pass --force")
