@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from utils.binarize import BinaryConv2d, Sign
+from utils.binarize import BinaryConv2d, LatentConv2d, Sign
 from utils.errors import InputError
 
 
@@ -48,4 +48,4 @@ def conv_factory(binary_weights: bool, latent_init: str) -> Callable[..., nn.Con
     """Makes the convolutions that may be binary, without bias."""
     if binary_weights:
         return partial(BinaryConv2d, bias=False, latent_init=latent_init)
-    return partial(nn.Conv2d, bias=False)
+    return partial(LatentConv2d, bias=False)

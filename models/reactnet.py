@@ -33,7 +33,7 @@ class Block(nn.Module):
     (`binary_pw_down1`, `binary_pw_down2`) each join the shortcut and are then concatenated.
 
     Args:
-        conv: makes the convolutions that may be binary, `nn.Conv2d` or `BinaryConv2d`.
+        conv: makes the convolutions that may be binary, `LatentConv2d` or `BinaryConv2d`.
         sign: makes the binarization of their inputs, `Sign` or `nn.Identity`.
     """
 

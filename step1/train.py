@@ -20,6 +20,7 @@ from utils.command_line import command
 from utils.config import Config, parse_config
 from utils.data import open_images, train_loader, val_loader
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
+from utils.live import live_measures
 from utils.optim import build_adam, describe_groups, learning_rate, set_learning_rate
 from utils.runlog import RunLog, epoch_record
 
@@ -46,7 +47,7 @@ def train(config: Config, process: Process) -> None:
     )
     optimizer = build_adam(student, config.learning_rate, config.weight_decay, config.decay_group)
 
-    history = resume(config, student, optimizer)
+    history, measured = resume(config, student, optimizer)
     if history:
         start = f"epoch {history[-1]['epoch']} of this run, which goes on"
     elif config.init_from:
@@ -54,6 +55,7 @@ def train(config: Config, process: Process) -> None:
         load_strictly(student, start)
     else:
         start = "scratch"
+    measures = live_measures(config, process, student, val_images, measured)
     model = distribute(student, process, config.sync_bn)
     with RunLog(config, process, first_epoch=len(history)) as log:
         log.opening(config, process, start, describe_groups(optimizer))
@@ -69,14 +71,15 @@ def train(config: Config, process: Process) -> None:
                 device,
                 config.label_smoothing,
                 log.progress(f"epoch {epoch} train"),
+                measures.after_step,
             )
             broadcast_buffers(student)
             validated = engine.validate(
                 student, val_batches, device, log.progress(f"epoch {epoch} val")
             )
-            history.append(epoch_record(epoch, rate, trained, validated))
+            history.append(epoch_record(epoch, rate, trained, validated, measures.epoch()))
             if process.is_main:
-                save_epoch(config, student, optimizer, history)
+                save_epoch(config, student, optimizer, history, measures.state_dict())
             log.epoch(history)
         log.closing(history)
 

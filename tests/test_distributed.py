@@ -1,5 +1,6 @@
 """Two processes (gloo, CPU) against one: gradients, BN statistics, validation, launching."""
 
+import itertools
 import json
 import os
 import socket
@@ -14,9 +15,11 @@ from torch.nn.utils import parameters_to_vector
 
 from models import build_model
 from utils import engine
+from utils.binarize import LatentConv2d
 from utils.data import TrainBatches, val_batches
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
 from utils.launch import torchrun_settings
+from utils.live import LiveMeasures, NoMeasures
 from utils.optim import build_adam
 
 IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
@@ -46,12 +49,20 @@ def train_three_steps(process: Process, network, sync_bn: bool) -> dict:
     keys = list(TrainBatches(IMAGES, BATCH, 0, rank, world_size))
     batches = [[index for _, index in batch] for batch in keys]
     student = network()
+    live = LiveMeasures(student, images[:2]) if hasattr(student, "feature") else NoMeasures()
+    snapshots = [parameters_to_vector(student.parameters()).detach()]
+
+    def after_step():
+        live.after_step()
+        snapshots.append(parameters_to_vector(student.parameters()).detach())
+
     trained = engine.train_one_epoch(
         distribute(student, process, sync_bn),
         None,
         [(images[batch], labels[batch]) for batch in batches],
         build_adam(student, 1e-3, 5e-6),
         process.device,
+        after_step=after_step,
     )
     broadcast_buffers(student)
     dealt = val_batches(IMAGES, BATCH, rank, world_size)
@@ -65,7 +76,16 @@ def train_three_steps(process: Process, network, sync_bn: bool) -> dict:
         "buffers": torch.cat(buffers),
         "trained": trained,
         "validated": validated,
+        "measured": live.epoch(),
+        "snapshots": snapshots,
+        "is_latent": latent_mask(student),
     }
+
+
+def latent_mask(model: nn.Module) -> torch.Tensor:
+    """Which values of the parameter vector are latent weights."""
+    latent = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, LatentConv2d)}
+    return torch.cat([torch.full((p.numel(),), n in latent) for n, p in model.named_parameters()])
 
 
 JOBS = {
@@ -131,6 +151,16 @@ def test_bn_statistics_are_per_process_by_default_and_rank_0s_are_kept(outcomes)
     assert largest_difference(alone, first, "buffers") > 1e-3
     assert torch.equal(first["buffers"], second["buffers"])
     assert torch.equal(first["parameters"], second["parameters"])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_live_measures_of_two_processes_agree_with_a_naive_recount(outcomes, rank):
+    peer = outcomes["per_process_bn"][1 + rank]
+    signs = [snapshot[peer["is_latent"]] >= 0 for snapshot in peer["snapshots"]]
+    flips = [(a != b).double().mean().item() for a, b in itertools.pairwise(signs)]
+    assert peer["measured"]["ff_ratio"] == pytest.approx(sum(flips) / 3, rel=1e-12)
+    kept = (signs[0] == signs[-1]).double().mean().item()
+    assert peer["measured"]["c2i_ratio"] == pytest.approx(kept, rel=1e-12)
 
 
 def test_validation_counts_each_image_once_and_agrees_on_all_processes(outcomes):

@@ -120,7 +120,11 @@ class Sign(nn.Module):
         return f"ste={self.ste!r}"
 
 
-class BinaryConv2d(nn.Conv2d):
+class LatentConv2d(nn.Conv2d):
+    """A convolution whose weights are binary in the end, and are still used as real ones."""
+
+
+class BinaryConv2d(LatentConv2d):
     """A convolution whose `weight` holds the latent weights and convolves their binarized form.
 
     `latent_init` is "positive", `rand * 0.001` as in the released code (so that training from

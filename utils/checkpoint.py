@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, read as data only, loaded strictly.
 
 A checkpoint has the released keys, `epoch` (0-based, the last one finished), `state_dict`,
-`best_top1_acc` and `optimizer`, and what an exact continuation needs besides: `config`, `rng` and
-`history`, the record of each epoch so far.
+`best_top1_acc` and `optimizer`, and what an exact continuation needs besides: `config`, `rng`,
+`history`, the record of each epoch so far, and `measures`, the signs that C2I is counted against.
 """
 
 import hashlib
@@ -162,9 +162,18 @@ def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_epoch(
-    config: Config, model: nn.Module, optimizer: Optimizer, history: list[dict[str, Any]]
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    history: list[dict[str, Any]],
+    measures: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the newest checkpoint of a run and, when its last epoch is the best, that one too."""
+    """Write the newest checkpoint of a run and, when its last epoch is the best, that one too.
+
+    Args:
+        history: the record of each epoch so far.
+        measures: state of the live measures.
+    """
     best = max(record["val_top1"] for record in history)
     content = {
         "epoch": history[-1]["epoch"],
@@ -174,6 +183,7 @@ def save_epoch(
         "config": asdict(config),
         "rng": _rng_state(),
         "history": history,
+        "measures": measures,
     }
     earlier = [record["val_top1"] for record in history[:-1]]
     # The best goes first: interrupted in between, the epoch is repeated and both are written.
@@ -182,15 +192,19 @@ def save_epoch(
     write_checkpoint(Path(config.save) / NEWEST, content)
 
 
-def resume(config: Config, model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Restore the newest checkpoint of `config.save` and give its history; empty without one.
+def resume(
+    config: Config, model: nn.Module, optimizer: Optimizer
+) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
+    """Restore the newest checkpoint of `config.save`: its history and the state of its measures.
+
+    Without one: no history, and None.
 
     Raises:
         InputError: the folder holds a run with settings that compute something else.
     """
     path = Path(config.save) / NEWEST
     if not path.exists():
-        return []
+        return [], None
     newest = read_checkpoint(path)
     content = newest.content
     differences = config.differences(content.get("config", {}))
@@ -203,7 +217,7 @@ def resume(config: Config, model: nn.Module, optimizer: Optimizer) -> list[dict[
     try:
         optimizer.load_state_dict(content["optimizer"])
         _set_rng_state(content["rng"])
-        return content["history"]
+        return content["history"], content["measures"]
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(
             f"{path} was not written by a run of this repo and cannot be continued ({error!r}):"

@@ -112,6 +112,7 @@ class Config:
         "folder for checkpoints, logs and the resolved configuration", path=_always, place=True
     )
     seed: int = _option("of initialisation, order and augmentation", 0, minimum=0)
+    live_measures: bool = _option("FF, C2I, saturation, CAM and SDAM in each epoch's record", True)
     sync_bn: bool = _option("BN statistics over all processes instead of each one's", False)
 
     def __post_init__(self):

@@ -69,6 +69,7 @@ def train_one_epoch(
     device: torch.device,
     label_smoothing: float = 0.0,
     progress: Progress = without_progress,
+    after_step: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Update `model` once per batch and return the epoch's results over all processes.
 
@@ -76,6 +77,7 @@ def train_one_epoch(
         model: the student; several processes wrap it with `utils.distributed.distribute`.
         teacher: gives the soft targets; None trains on the labels.
         batches: this process's share of each batch, (n, 3, H, W) images and (n,) labels.
+        after_step: called after each update of the weights.
     """
     model.train()
     meter = Meter(device)
@@ -87,6 +89,8 @@ def train_one_epoch(
         optimizer.zero_grad()
         (loss * share_weight(len(labels), device)).backward()
         optimizer.step()
+        if after_step:
+            after_step()
         meter.update(loss, logits, labels)
     return meter.reduce().results()
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import operator
 import platform
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from utils.distributed import Process
 from utils.engine import Meter
 from utils.errors import InputError
 from utils.files import write_whole
+from utils.measures import HISTOGRAM_LIMIT
 
 LINE_EVERY = 100  # batches
 
@@ -125,23 +127,57 @@ class RunLog:
             f" top-5 {record['val_top5']:.2f} % on {record['val_images']} images,"
             f" {record['train_images_per_second']:.0f} images/s"
         )
-        for name, value in record.items():
-            if name != "epoch":
-                self._curves.add_scalar(name, value, record["epoch"])
+        if "ff_ratio" in record:
+            self.line(
+                f"epoch {record['epoch']}: FF ratio {record['ff_ratio']:.3e},"
+                f" C2I ratio {record['c2i_ratio']:.4f}"
+            )
+        self._add_curves("", record, record["epoch"])
         self._curves.flush()
         lines = "".join(json.dumps(record) + "\n" for record in history)
         write_whole(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
+    def _add_curves(self, prefix: str, record: dict[str, Any], epoch: int) -> None:
+        """A scalar for each number, `layers/NAME/...` for nested ones, histograms for counts."""
+        for name, value in record.items():
+            if isinstance(value, dict):
+                self._add_curves(f"{prefix}{name}/", value, epoch)
+            elif name == "latent_histogram":
+                self._add_histogram(f"{prefix}{name}", value, epoch)
+            elif name != "epoch":
+                self._curves.add_scalar(f"{prefix}{name}", value, epoch)
+
+    def _add_histogram(self, tag: str, counts: list[int], epoch: int) -> None:
+        width = 2 * HISTOGRAM_LIMIT / len(counts)
+        edges = [-HISTOGRAM_LIMIT + width * (i + 1) for i in range(len(counts))]
+        centres = [edge - width / 2 for edge in edges]
+        self._curves.add_histogram_raw(
+            tag,
+            min=-HISTOGRAM_LIMIT,
+            max=HISTOGRAM_LIMIT,
+            num=sum(counts),
+            sum=sum(map(operator.mul, counts, centres)),
+            sum_squares=sum(n * x * x for n, x in zip(counts, centres, strict=True)),
+            bucket_limits=edges,
+            bucket_counts=counts,
+            global_step=epoch,
+        )
+
 
 def epoch_record(
-    epoch: int, learning_rate: float, trained: dict[str, float], validated: dict[str, float]
+    epoch: int,
+    learning_rate: float,
+    trained: dict[str, float],
+    validated: dict[str, float],
+    measured: dict[str, Any],
 ) -> dict[str, Any]:
-    """One flat record: epoch, learning_rate, train_loss, ..., val_loss, ..."""
+    """One record: epoch, learning_rate, train_loss, ..., val_loss, ..., and the live measures."""
     return {
         "epoch": epoch,
         "learning_rate": learning_rate,
         **{f"train_{name}": value for name, value in trained.items()},
         **{f"val_{name}": value for name, value in validated.items()},
+        **measured,
     }
 
 
