@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import MODELS, build_model
 from utils.binarize import BinaryConv2d
 from utils.checkpoint import Checkpoint, load_strictly, read_checkpoint, with_4d_kernels
-from utils.config import Config, from_saved
+from utils.config import Config, checked, from_saved
 from utils.errors import InputError
 
 
@@ -79,8 +79,7 @@ def load_network(
     given = {name: value for name, value in given.items() if value is not None}
     config = from_saved(content["config"], checkpoint.path) if content.get("config") else None
     if "network" in content:
-        options = dict(content["network"])
-        name = options.pop("model")
+        name, options = _told_network(content["network"], checkpoint.path)
         _refuse_contradiction(options, given, checkpoint)
     elif config:
         name, options = config.model, config.network_options()
@@ -107,6 +106,15 @@ def inference_content(loaded: LoadedNetwork) -> dict[str, Any]:
         "network": {"model": loaded.name, **loaded.options},
         "config": asdict(loaded.config) if loaded.config else None,
     }
+
+
+def _told_network(network: Any, source: Path) -> tuple[str, dict[str, Any]]:
+    """Name and options as `inference_content` wrote them, checked like a configuration."""
+    names = ("model", "binary_activations", "binary_weights", "width", "small_images")
+    if not isinstance(network, dict) or any(name not in network for name in names):
+        raise InputError(f"{source} does not tell its network as this repo does: convert it again")
+    options = checked(network, Path.cwd())
+    return options.pop("model"), options
 
 
 def _refuse_contradiction(

@@ -171,6 +171,14 @@ def test_released_layout_round_trip_is_bit_identical(tmp_path):
     assert (again.epoch, again.top1) == (1, 70.123456789)
 
 
+@pytest.mark.parametrize("network", [None, {"model": "reactnet_a"}, {"model": 3, "width": "x"}])
+def test_a_converted_file_that_tells_its_network_wrongly_is_one_sentence(tmp_path, network):
+    path = tmp_path / "file"
+    write_checkpoint(path, {"state_dict": tiny("reactnet_a").state_dict(), "network": network})
+    with pytest.raises(InputError, match="does not tell its network"):
+        load_network(path)
+
+
 def test_a_converted_file_tells_its_network_even_where_the_source_could_not(tmp_path):
     source, converted = tmp_path / "source", tmp_path / "converted"
     write_checkpoint(source, released(tiny("reactnet_r18", small_images=True).state_dict()))
