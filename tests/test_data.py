@@ -97,6 +97,16 @@ def test_order_and_augmentation_change_with_epoch_and_seed(config):
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
 
 
+def test_order_is_drawn_from_seed_and_epoch():
+    def order(seed: int, epoch: int) -> list:
+        batches = TrainBatches(24, 8, seed, rank=0, world_size=1)
+        batches.epoch = epoch
+        return [index for batch in batches for _, index in batch]
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(1, 0) and order(0, 0) != order(0, 1)
+
+
 def test_loading_leaves_the_training_generator_alone(config):
     torch.manual_seed(5)
     batches_of(config, 0, epoch=0)

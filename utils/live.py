@@ -46,7 +46,7 @@ class LiveMeasures:
         """Count the signs that the last update flipped; nothing waits for the device."""
         now = measures.signs(measures.latent_weights(self.model))
         for name, sign in now.items():
-            self.flips[name] += (sign != self.previous[name]).sum()
+            self.flips[name] += torch.count_nonzero(sign != self.previous[name])
         self.previous = now
         self.iterations += 1
 

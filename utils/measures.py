@@ -34,7 +34,7 @@ def signs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def changed_share(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """Share of all weights whose signs differ: sum |Sign(w') - Sign(w)| / 2 / N_total."""
-    changed = sum(int((before[name] != after[name]).sum()) for name in before)
+    changed = sum(int(torch.count_nonzero(before[name] != after[name])) for name in before)
     return changed / sum(sign.numel() for sign in before.values())
 
 
