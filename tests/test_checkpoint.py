@@ -39,6 +39,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_replaced_and_never_rewritten_in_place(tmp_path):
+    path = tmp_path / "checkpoint.pth.tar"
+    path.write_bytes(b"old")
+    with path.open("rb") as reader:
+        write_whole(path, lambda file: file.write(b"new"))
+        assert reader.read() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_torch_save_is_one_sentence(tmp_path):
     def save_to_a_full_disk(_):

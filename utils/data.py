@@ -247,7 +247,7 @@ def val_loader(images: SeededImages, config: Config, process: Process) -> DataLo
 
 def _loader(images: SeededImages, batches, config: Config, process: Process) -> DataLoader:
     # More workers than cores only wait for each other, and no result depends on their number.
-    workers = min(config.workers, os.cpu_count() or 1)
+    workers = min(config.workers, _usable_cores())
     return DataLoader(
         images,
         batch_sampler=batches,
@@ -257,3 +257,10 @@ def _loader(images: SeededImages, batches, config: Config, process: Process) -> 
         # Its own generator: the loader's seed for its workers is drawn, and nothing here uses it.
         generator=torch.Generator(),
     )
+
+
+def _usable_cores() -> int:
+    """Those a scheduler left to this process, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
