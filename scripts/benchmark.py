@@ -22,7 +22,7 @@ from models import build_model
 from utils.command_line import Parser, command
 from utils.engine import train_one_epoch
 from utils.live import LiveMeasures
-from utils.optim import build_adam
+from utils.optim import build_optimizer
 
 
 def parse() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def step_with_and_without_measures(arguments: argparse.Namespace) -> dict[str, C
     size = arguments.image_size
     images = torch.randn(arguments.batch_size, 3, size, size)
     batch = [(images, torch.arange(arguments.batch_size))]
-    optimizer = build_adam(model, 1e-3, 0.0)
+    optimizer = build_optimizer(model, 1e-3, 0.0)
     live = LiveMeasures(model, images[:1].to(device))
 
     def step(after_step: Callable[[], None] | None) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from utils.data import open_images, train_loader, val_loader
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
 from utils.errors import InputError
 from utils.live import live_measures
-from utils.optim import build_adam, describe_groups, learning_rate, set_learning_rate
+from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 from utils.runlog import RunLog, epoch_record
 
 
@@ -46,7 +46,14 @@ def train(config: Config, process: Process) -> None:
     teacher = load_teacher(
         config.teacher, config.teacher_checkpoint, classes, config.image_size, device
     )
-    optimizer = build_adam(student, config.learning_rate, config.weight_decay, config.decay_group)
+    optimizer = build_optimizer(
+        student,
+        config.learning_rate,
+        config.weight_decay,
+        config.decay_group,
+        config.optimizer,
+        config.optimizer_options,
+    )
 
     history, measured = resume(config, student, optimizer)
     if history:

@@ -58,6 +58,13 @@ def test_none_and_booleans_are_read_from_the_command_line():
     assert (config.teacher, config.init_from, config.sync_bn) == (None, None, True)
 
 
+def test_optimizer_options_are_a_mapping():
+    config = parse_config(STEP1, ["--optimizer", "SGD", "--optimizer_options", "{momentum: 0.9}"])
+    assert (config.optimizer, config.optimizer_options) == ("SGD", {"momentum": 0.9})
+    with pytest.raises(InputError, match="optimizer_options must be a mapping"):
+        parse_config(STEP1, ["--optimizer_options", "0.9"])
+
+
 def test_text_fields_keep_text_that_looks_like_a_number(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert parse_config(STEP1, ["--save", "2021"]).save == str(tmp_path / "2021")

@@ -20,7 +20,7 @@ from utils.data import TrainBatches, val_batches
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
 from utils.launch import torchrun_settings
 from utils.live import LiveMeasures, NoMeasures
-from utils.optim import build_adam
+from utils.optim import build_optimizer
 
 IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
 
@@ -60,7 +60,7 @@ def train_three_steps(process: Process, network, sync_bn: bool) -> dict:
         distribute(student, process, sync_bn),
         None,
         [(images[batch], labels[batch]) for batch in batches],
-        build_adam(student, 1e-3, 5e-6),
+        build_optimizer(student, 1e-3, 5e-6),
         process.device,
         after_step=after_step,
     )

@@ -10,7 +10,7 @@ from tests import golden
 from utils.binarize import Sign
 from utils.errors import InputError
 from utils.losses import soft_target_loss
-from utils.optim import build_adam
+from utils.optim import build_optimizer
 
 CASES = {
     f"{name}_step{step}": (name, step == 2)
@@ -55,7 +55,7 @@ def test_golden_numbers_of_the_released_code(case_and_model):
     assert relative_error(logits.sum(), case["eval_logits_sum"]) < TOLERANCE
     assert relative_error(logits.norm(), case["eval_logits_norm"]) < TOLERANCE
 
-    optimizer = build_adam(model, case["lr"], case["weight_decay"])
+    optimizer = build_optimizer(model, case["lr"], case["weight_decay"])
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed = [names[parameter] for parameter in optimizer.param_groups[1]["params"]]
     assert sorted(decayed) == sorted(case["decayed"])

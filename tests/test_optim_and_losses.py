@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model
+from utils.errors import InputError
 from utils.losses import batch_loss, soft_target_loss
-from utils.optim import build_adam, describe_groups, learning_rate, set_learning_rate
+from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 
 
 @pytest.fixture(scope="module")
@@ -16,20 +17,20 @@ def model():
 
 
 def test_released_group_decays_convolutions_and_all_78_shifts(model):
-    kept, decayed = build_adam(model, 1e-3, 5e-6).param_groups
+    kept, decayed = build_optimizer(model, 1e-3, 5e-6).param_groups
     assert (kept["weight_decay"], decayed["weight_decay"]) == (0, 5e-6)
     assert (len(kept["params"]), len(decayed["params"])) == (92, 110)
     assert sum(p.numel() for p in decayed["params"]) == 28_285_792
 
 
 def test_textbook_group_decays_convolutions_alone(model):
-    _, decayed = build_adam(model, 1e-3, 5e-6, "convolutions").param_groups
+    _, decayed = build_optimizer(model, 1e-3, 5e-6, "convolutions").param_groups
     assert len(decayed["params"]) == 110 - 78
     assert all(p.shape[0] != 1 for p in decayed["params"])
 
 
 def test_group_description_counts_tensors_and_values(model):
-    text = describe_groups(build_adam(model, 1e-3, 5e-6))
+    text = describe_groups(build_optimizer(model, 1e-3, 5e-6))
     assert "110 tensors (28,285,792 values) with weight decay 5e-06" in text
 
 
@@ -37,9 +38,34 @@ def test_weight_decay_is_coupled_l2():
     conv = torch.nn.Conv2d(1, 1, 1, bias=False)
     conv.weight.data.fill_(2.0)
     conv.weight.grad = torch.zeros_like(conv.weight)
-    build_adam(conv, 0.1, 0.01).step()
+    build_optimizer(conv, 0.1, 0.01).step()
     # Coupled, the decay is the whole gradient and Adam's first step has the size of the rate.
     torch.testing.assert_close(conv.weight.item(), 1.9, rtol=1e-6, atol=0)
+
+
+def test_other_optimizers_are_built_by_name_with_their_options():
+    conv = torch.nn.Conv2d(1, 1, 1)
+    sgd = build_optimizer(conv, 0.1, 1e-4, name="SGD", options={"momentum": 0.9})
+    assert type(sgd) is torch.optim.SGD
+    assert [(g["momentum"], g["weight_decay"]) for g in sgd.param_groups] == [(0.9, 0), (0.9, 1e-4)]
+    adam = build_optimizer(conv, 0.1, -1e-4, options={"betas": [0.8, 0.9]})
+    assert tuple(adam.defaults["betas"]) == (0.8, 0.9)
+    assert adam.param_groups[1]["weight_decay"] == -1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("Adamm", {}, "unknown optimizer 'Adamm'"),
+        ("lr_scheduler", {}, "unknown optimizer"),
+        ("Adam", {"momentum": 0.9}, "optimizer Adam cannot be built so"),
+        ("LBFGS", {}, "optimizer LBFGS cannot be built so"),
+        ("SparseAdam", {}, "knows no weight decay"),
+    ],
+)
+def test_an_optimizer_that_does_not_fit_is_one_sentence(name, options, words):
+    with pytest.raises(InputError, match=words):
+        build_optimizer(torch.nn.Conv2d(1, 1, 1), 0.1, 0.0, name=name, options=options)
 
 
 def test_released_schedule_never_uses_the_base_rate_and_ends_at_zero():
@@ -55,7 +81,7 @@ def test_textbook_schedule_starts_at_the_base_rate_and_ends_above_zero():
 
 
 def test_set_learning_rate_reaches_both_groups():
-    optimizer = build_adam(torch.nn.Conv2d(1, 1, 1), 1.0, 0.0)
+    optimizer = build_optimizer(torch.nn.Conv2d(1, 1, 1), 1.0, 0.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
 

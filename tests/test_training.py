@@ -153,6 +153,14 @@ def test_textbook_options_train(run_step):
     assert run_step(2, epochs=1, **textbook).code == 0
 
 
+def test_the_reversed_order_trains_with_another_optimizer(run_step, tmp_path):
+    options = {"optimizer": "SGD", "optimizer_options": "{momentum: 0.9}"}
+    weights_first = {"binary_activations": "false", "binary_weights": "true"}
+    assert run_step(1, **weights_first, **options).code == 0
+    result = run_step(2, init_from=tmp_path / "step1" / BEST, **options)
+    assert result.code == 0, result.err
+
+
 def test_progress_is_a_plain_line_every_hundred_batches(run_step, image_folder):
     result = run_step(1, batch_size=2, epochs=1)
     assert "train 100/" not in result.out

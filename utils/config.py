@@ -96,8 +96,10 @@ class Config:
     # Optimization
     epochs: int = _option("length of the run", minimum=1)
     batch_size: int = _option("global batch, divided over the processes", minimum=1)
-    learning_rate: float = _option("base rate of Adam", above=0)
+    learning_rate: float = _option("base rate", above=0)
     weight_decay: float = _option("coupled L2 of the decay group")
+    optimizer: str = _option("name in torch.optim", "Adam")
+    optimizer_options: dict | None = _option("as in {momentum: 0.9}", None)  # noqa: RUF009
     decay_group: str = _option(
         "what decays; released takes in the shifts",
         "released",
@@ -153,7 +155,13 @@ class Config:
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 _TYPES = get_type_hints(Config)
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    dict: "a mapping",
+}
 
 
 def _typed(name: str, value: Any) -> Any:

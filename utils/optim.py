@@ -1,13 +1,15 @@
 """Adam as released: which parameters decay, and the learning rate of each epoch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Adam
+from torch.optim import Optimizer
 
-BETAS = (0.9, 0.999)
-EPS = 1e-8
+from utils.errors import InputError
+
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
 def decays_as_released(name: str, parameter: nn.Parameter) -> bool:
@@ -29,29 +31,51 @@ DECAY_GROUPS: dict[str, Callable[[str, nn.Parameter], bool]] = {
 SCHEDULES = {"released": 1, "textbook": 0}
 
 
-def build_adam(
-    model: nn.Module, learning_rate: float, weight_decay: float, decay_group: str = "released"
-) -> Adam:
+def build_optimizer(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    decay_group: str = "released",
+    name: str = "Adam",
+    options: Mapping[str, Any] | None = None,
+) -> Optimizer:
     """Adam with coupled L2 (added to the gradient) on one of its two parameter groups.
 
     Group 0 is left alone, group 1 decays: the order of the released optimizer states.
+
+    Args:
+        name: another optimizer of `torch.optim`, for experiments.
+        options: further arguments of its constructor, such as `momentum`.
+
+    Raises:
+        InputError: no such optimizer, one without weight decay, or options it does not take.
     """
     decays = DECAY_GROUPS[decay_group]
-    groups = [[], []]
-    for name, parameter in model.named_parameters():
-        groups[decays(name, parameter)].append(parameter)
-    return Adam(
-        [
-            {"params": groups[False], "weight_decay": 0.0},
-            {"params": groups[True], "weight_decay": weight_decay},
-        ],
-        lr=learning_rate,
-        betas=BETAS,
-        eps=EPS,
-    )
+    groups: list[list[nn.Parameter]] = [[], []]
+    for parameter_name, parameter in model.named_parameters():
+        groups[decays(parameter_name, parameter)].append(parameter)
+    constructor = getattr(torch.optim, name, None)
+    if not (isinstance(constructor, type) and issubclass(constructor, Optimizer)):
+        raise InputError(
+            f"unknown optimizer {name!r}: name one of torch.optim, such as Adam or SGD"
+        )
+    try:
+        optimizer = constructor(
+            [
+                {"params": groups[False], "weight_decay": 0.0},
+                {"params": groups[True], "weight_decay": weight_decay},
+            ],
+            lr=learning_rate,
+            **(ADAM if name == "Adam" else {}) | dict(options or {}),
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optimizer {name} cannot be built so: {error}") from error
+    if "weight_decay" not in optimizer.defaults:
+        raise InputError(f"optimizer {name} knows no weight decay: choose another")
+    return optimizer
 
 
-def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+def describe_groups(optimizer: Optimizer) -> str:
     """One line for the log: tensors, values and decay of each group."""
     return "; ".join(
         f"{len(group['params'])} tensors ({sum(p.numel() for p in group['params']):,} values)"
