@@ -95,11 +95,25 @@ def test_a_truncated_checkpoint_is_one_sentence_wherever_it_is_cut(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [[1, 2], {"epoch": 3, "state_dict": {}}, {"a": 1}, {"state_dict": {"a": 1}}, {}]
+    "content",
+    [
+        [1, 2],
+        {"epoch": 3, "state_dict": {}},
+        {"a": 1},
+        {"state_dict": {"a": 1}},
+        {1: torch.zeros(1)},
+        {},
+    ],
 )
 def test_data_without_a_state_dict_is_no_checkpoint(tmp_path, content):
     with pytest.raises(InputError, match="is not a checkpoint"):
         read_checkpoint(save(tmp_path / "file", content))
+
+
+def test_an_epoch_that_is_no_number_is_one_sentence(tmp_path):
+    content = {"state_dict": tiny().state_dict(), "epoch": "three"}
+    with pytest.raises(InputError, match="its epoch is not a number"):
+        str(read_checkpoint(save(tmp_path / "file", content)))
 
 
 def test_text_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path):

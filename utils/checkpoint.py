@@ -38,14 +38,20 @@ class Checkpoint:
     @property
     def epoch(self) -> int | None:
         """The last epoch finished, counted from 0."""
-        epoch = self.content.get("epoch")
+        epoch = self._number("epoch")
         return None if epoch is None else int(epoch)
 
     @property
     def top1(self) -> float | None:
         """The best validation accuracy up to then, in percent."""
-        accuracy = self.content.get("best_top1_acc")
-        return None if accuracy is None else float(accuracy)
+        return self._number("best_top1_acc")
+
+    def _number(self, name: str) -> float | None:
+        value = self.content.get(name)
+        try:
+            return None if value is None else float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.path} is damaged: its {name} is not a number") from error
 
     @cached_property
     def digest(self) -> str:
@@ -78,7 +84,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if "state_dict" not in content:
         content = {"state_dict": content}
     state = content["state_dict"]
-    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
+    if not (isinstance(state, dict) and state and all(map(_is_entry, state.items()))):
         raise InputError(f"{path} is not a checkpoint: it has no state_dict of tensors")
     if "config" in content:
         layout = "this repo's layout"
@@ -88,6 +94,10 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
             layout += " with flat kernels"
     state = {key.removeprefix("module."): value for key, value in state.items()}
     return Checkpoint(path, layout, state, content)
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and torch.is_tensor(item[1])
 
 
 def _read_data(path: Path) -> Any:
