@@ -26,7 +26,7 @@ from models.exact import binary_convolutions, with_exact_weights
 from models.loading import LoadedNetwork, inference_content, load_network
 from models.onnx_network import OnnxNetwork, write_onnx
 from utils.checkpoint import write_checkpoint
-from utils.command_line import Parser, boolean, command
+from utils.command_line import Parser, add_network_options, command
 from utils.errors import InputError
 from utils.files import check_output
 from utils.packing import SUFFIX as PACKED_SUFFIX
@@ -45,12 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="packed: other tensors")
     parser.add_argument("--batch", type=int, help="onnx: fixed batch")
     parser.add_argument("--image_size", type=int, help="onnx: pixels; the training's by default")
-    parser.add_argument(
-        "--binary_weights",
-        type=boolean,
-        help="true for step 2, false for step 1, where the file does not tell",
-    )
-    parser.add_argument("--small_images", type=boolean, help="where the file does not tell")
+    add_network_options(parser)
     return parser.parse_args()
 
 

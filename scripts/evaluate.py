@@ -24,7 +24,7 @@ from models.loading import LoadedNetwork, load_network
 from models.onnx_network import SUFFIX as ONNX_SUFFIX
 from models.onnx_network import OnnxNetwork
 from utils.checkpoint import write_released
-from utils.command_line import Parser, boolean, command
+from utils.command_line import Parser, add_network_options, command
 from utils.config import Config, parse_config
 from utils.data import open_val_images, val_loader
 from utils.distributed import Process, training_process
@@ -42,12 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("file", type=Path, help="checkpoint of any layout, .safetensors or .onnx")
     for name in DATA_OPTIONS:
         parser.add_argument(f"--{name}", metavar="X", help="as in training")
-    parser.add_argument(
-        "--binary_weights",
-        type=boolean,
-        help="true for step 2, false for step 1, where the file does not tell",
-    )
-    parser.add_argument("--small_images", type=boolean, help="where the file does not tell")
+    add_network_options(parser)
     parser.add_argument("--precision", choices=("float32", "float64"), default="float32")
     parser.add_argument("--expect", type=float, help="fail unless top-1's interval holds this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

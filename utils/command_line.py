@@ -34,6 +34,16 @@ def boolean(text: str) -> bool:
     return text == "true"
 
 
+def add_network_options(parser: Parser) -> None:
+    """What the caller must say of a network where its file does not tell."""
+    parser.add_argument(
+        "--binary_weights",
+        type=boolean,
+        help="true for step 2, false for step 1, where the file does not tell",
+    )
+    parser.add_argument("--small_images", type=boolean, help="where the file does not tell")
+
+
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Make `main` end with `error: ...` on stderr and exit code 2 on an `InputError`."""
 

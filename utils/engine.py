@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,14 @@ def without_progress(batches: Iterable, meter: Meter) -> Iterable:
     return batches
 
 
+def on_device(
+    batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches, copied without waiting where the loader pinned their memory."""
+    for images, labels in batches:
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
 def train_one_epoch(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -81,9 +89,7 @@ def train_one_epoch(
     """
     model.train()
     meter = Meter(device)
-    for images, labels in progress(batches, meter):
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+    for images, labels in on_device(progress(batches, meter), device):
         logits = model(images)
         loss = batch_loss(logits, images, labels, teacher, label_smoothing)
         optimizer.zero_grad()
@@ -115,9 +121,7 @@ def measure(
     """The meter behind `validate`, which also knows how the losses scatter."""
     model.eval()
     meter = Meter(device)
-    for images, labels in progress(batches, meter):
-        images = images.to(device, non_blocking=True)
-        labels = labels.to(device, non_blocking=True)
+    for images, labels in on_device(progress(batches, meter), device):
         logits = model(images)
         meter.update(F.cross_entropy(logits, labels, reduction="none"), logits, labels)
     return meter.reduce()
