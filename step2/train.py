@@ -43,9 +43,6 @@ def train(config: Config, process: Process) -> None:
     torch.manual_seed(config.seed)
     student = build_model(config.model, num_classes=classes, **config.network_options())
     student.to(device)
-    teacher = load_teacher(
-        config.teacher, config.teacher_checkpoint, classes, config.image_size, device
-    )
     optimizer = build_optimizer(
         student,
         config.learning_rate,
@@ -63,6 +60,9 @@ def train(config: Config, process: Process) -> None:
         load_strictly(student, start)
     else:
         start = "scratch"
+    teacher = load_teacher(
+        config.teacher, config.teacher_checkpoint, classes, config.image_size, device
+    )
     measures = live_measures(config, process, student, val_images, measured)
     model = distribute(student, process, config.sync_bn)
     with RunLog(config, process, first_epoch=len(history)) as log:
