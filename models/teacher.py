@@ -34,14 +34,9 @@ def load_teacher(
     """
     if name is None:
         return None
-    if name in torchvision.models.list_models(torchvision.models):
-        teacher = _torchvision_network(name, weights_file)
-    elif Path(name).exists():
-        teacher = load_network(name).model
-    else:
-        raise InputError(
-            f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
-        )
+    # The weights it is built with are replaced; drawing them must not move the run's generator.
+    with torch.random.fork_rng(devices=[]):
+        teacher = _build(name, weights_file)
     teacher = teacher.to(device).eval().requires_grad_(False)
     classes = count_outputs(teacher, image_size, device)
     if classes != num_classes:
@@ -50,6 +45,16 @@ def load_teacher(
             " trained on this data, or --teacher none to train on labels"
         )
     return teacher
+
+
+def _build(name: str, weights_file: str | None) -> nn.Module:
+    if name in torchvision.models.list_models(torchvision.models):
+        return _torchvision_network(name, weights_file)
+    if Path(name).exists():
+        return load_network(name).model
+    raise InputError(
+        f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
+    )
 
 
 def _torchvision_network(name: str, weights_file: str | None) -> nn.Module:

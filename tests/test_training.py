@@ -91,7 +91,9 @@ def test_only_batchnorm_statistics_move_in_the_last_released_epoch(run_step, tmp
 def test_interrupted_run_ends_with_the_bits_of_an_unbroken_one(
     run_step, tmp_path, monkeypatch, step
 ):
-    options = {"epochs": 4, "learning_rate": 1e-2, "init_from": "none"}
+    run_step(1, save=tmp_path / "teacher", binary_activations="false")
+    teacher = tmp_path / "teacher" / BEST if step == 2 else "none"
+    options = {"epochs": 4, "learning_rate": 1e-2, "init_from": "none", "teacher": teacher}
     whole = run_step(step, save=tmp_path / "whole", **options)
     assert whole.code == 0, whole.err
 
