@@ -13,6 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 from models.loading import load_network
 from utils.checkpoint import BEST
@@ -69,8 +70,10 @@ def draw_curves(runs: dict[str, Path], picture: Path) -> None:
                 axes.plot(epochs, values, style, color=f"C{index}", label=label)
     losses.set(xlabel="epoch", ylabel="loss")
     accuracies.set(xlabel="epoch", ylabel="top-1 %")
-    losses.set_title("training (dashed): the loss that was minimized", fontsize=9)
+    losses.set_title("validation on labels (line), training as minimized (dashed)", fontsize=9)
     accuracies.set_title("validation (line), training (dashed)", fontsize=9)
+    for axes in (losses, accuracies):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracies.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
     write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=120))
