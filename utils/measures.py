@@ -39,7 +39,7 @@ def changed_share(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
 
 
 def ff_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """Flip-flop ratio of one iteration (Eq. 5): the share of signs that the update flipped."""
+    """Flip-flop ratio of one iteration: the share of signs that the update flipped."""
     return changed_share(before, after)
 
 
