@@ -68,7 +68,7 @@ def _absorb_into_batch_norm(bn: nn.BatchNorm2d, alpha: Tensor) -> None:
 @torch.no_grad()
 def with_plain_convolutions(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode, its binary convolutions `nn.Conv2d` of the same kernels."""
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model)
     for name, conv in binary_convolutions(model).items():
         plain = nn.Conv2d(
             conv.in_channels,

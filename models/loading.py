@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from models import MODELS, build_model
-from utils.binarize import BinaryConv2d
+from models.exact import binary_convolutions
+from utils.binarize import is_binary
 from utils.checkpoint import Checkpoint, load_strictly, read_checkpoint, with_4d_kernels
 from utils.config import Config, checked, from_saved
 from utils.errors import InputError
@@ -30,8 +31,8 @@ class LoadedNetwork:
     @property
     def has_exact_weights(self) -> bool:
         """Every binary kernel is stored as exactly -1 and +1, not as latent weights."""
-        kernels = [m.weight for m in self.model.modules() if isinstance(m, BinaryConv2d)]
-        return bool(kernels) and all(bool((kernel.abs() == 1).all()) for kernel in kernels)
+        convolutions = binary_convolutions(self.model).values()
+        return bool(convolutions) and all(is_binary(conv.weight) for conv in convolutions)
 
     @property
     def image_size(self) -> int:
@@ -159,6 +160,5 @@ def recognise(state: Mapping[str, Tensor], source: Path) -> tuple[str, dict[str,
 
 def _has_binary_weights(state: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> bool:
     """Only step 2 was ever stored flat, and only binary kernels are exactly -1 and +1."""
-    kernels = [value for key, value in fitted.items() if "binary" in key]
-    is_exact = all(bool((kernel.abs() == 1).all()) for kernel in kernels)
+    is_exact = all(is_binary(value) for key, value in fitted.items() if "binary" in key)
     return is_exact or any(key.endswith(".weights") for key in state)

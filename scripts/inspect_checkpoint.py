@@ -17,7 +17,7 @@ import torch
 
 from models.exact import binary_convolutions
 from models.loading import LoadedNetwork, load_network
-from utils.binarize import BinaryConv2d, channel_scale
+from utils.binarize import BinaryConv2d, channel_scale, is_binary
 from utils.command_line import Parser, command
 
 QUANTILES = (0.05, 0.5, 0.95)
@@ -80,7 +80,7 @@ def describe(name: str, conv: BinaryConv2d) -> dict:
         "shape": list(weight.shape),
         "positive_share": (weight >= 0).double().mean().item(),
         "scale_range": [scales.min().item(), scales.max().item()],
-        "exact": bool((weight.abs() == 1).all()),
+        "exact": is_binary(weight),
         "magnitude_quantiles": magnitudes[picked].tolist(),
     }
 

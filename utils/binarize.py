@@ -88,6 +88,11 @@ def channel_scale(w: Tensor) -> Tensor:
     return w.abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
+def is_binary(x: Tensor) -> bool:
+    """Every value is exactly -1 or +1."""
+    return bool((x.abs() == 1).all())
+
+
 def binarize_weight(w: Tensor) -> Tensor:
     """Latent weights (O, I, kH, kW) -> one magnitude per output channel times +-1, same shape.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from utils.binarize import BinaryConv2d
+from utils.binarize import BinaryConv2d, is_binary
 
 BOPS_PER_OP = 64
 
@@ -64,8 +64,8 @@ def count_layers(
             operations[module] = (output[0].numel(), 0)
             return
         macs = module.weight[0].numel() * output[0].numel()
-        is_binary = isinstance(module, BinaryConv2d) and bool((inputs[0].abs() == 1).all())
-        operations[module] = (0, macs) if is_binary else (macs, 0)
+        counts_bops = isinstance(module, BinaryConv2d) and is_binary(inputs[0])
+        operations[module] = (0, macs) if counts_bops else (macs, 0)
 
     counted = (nn.Conv2d, nn.Linear, *((ELEMENTWISE + POOLING) if include_elementwise else ()))
     hooks = [m.register_forward_hook(measure) for m in model.modules() if isinstance(m, counted)]

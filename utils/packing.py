@@ -64,7 +64,7 @@ def write_packed(
 
 
 def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in float32, in its original order of use, and the content written with it.
+    """The state dict in float32, and the content written with it.
 
     Raises:
         InputError: not a packed file, or a damaged one.
