@@ -88,6 +88,8 @@ def test_text_fields_keep_text_that_looks_like_a_number(monkeypatch, tmp_path):
         (["--schedule", "cosine"], ["schedule must be one of released, textbook"]),
         (["--label_smoothing", "0.1"], ["label_smoothing acts on labels"]),
         (["--image_size", "288"], ["val_resize 256 is smaller than the image_size 288"]),
+        (["--keep_epochs", "3"], ["keep_epochs must be a list", "3"]),
+        (["--keep_epochs", "[0, -1]"], ["keep_epochs must be whole numbers from 0"]),
         (["--config", "missing.yaml"], ["cannot read configuration", "missing.yaml"]),
     ],
 )

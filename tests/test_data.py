@@ -151,6 +151,16 @@ def test_both_splits_are_read_whole(config):
     assert sum(len(labels) for _, labels in val_loader(val, config, process())) == len(val)
 
 
+def test_a_number_per_class_takes_the_first_images_of_each_class(config):
+    train, val = open_images(replace(config, train_per_class=3, val_per_class=2), process())
+    assert [train.chosen, val.chosen] == [
+        [first + i for first in range(0, len(CLASSES) * images, images) for i in range(count)]
+        for images, count in ((TRAIN, 3), (VAL, 2))
+    ]
+    labels = [label for batch in train_loader(train, config, process()) for label in batch[1]]
+    assert sorted(map(int, labels)) == [0] * 3 + [1] * 3 + [2] * 3
+
+
 def test_validation_folder_may_have_another_name(config, tmp_path):
     folder = write_images(tmp_path / "images")
     (folder / "val").rename(folder / "test")

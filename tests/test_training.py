@@ -10,7 +10,7 @@ import yaml
 from conftest import CLASSES, VAL, write_images
 
 from utils import engine
-from utils.checkpoint import BEST, NEWEST
+from utils.checkpoint import BEST, NEWEST, kept
 from utils.config import FIELDS
 
 
@@ -74,6 +74,16 @@ def test_a_run_leaves_checkpoints_log_curves_records_and_configuration(run_step,
     accuracies = [record["val_top1"] for record in records]
     assert newest["best_top1_acc"] == max(accuracies)
     assert best["epoch"] == accuracies.index(max(accuracies))
+
+
+def test_epochs_to_keep_leave_checkpoints_of_their_own(run_step, tmp_path):
+    assert run_step(1, epochs=3, keep_epochs="[0, 2]").code == 0
+    folder = tmp_path / "step1"
+    assert sorted(path.name for path in folder.glob("epoch_*")) == [
+        kept(folder, epoch).name for epoch in (0, 2)
+    ]
+    assert read(kept(folder, 0))["epoch"] == 0
+    assert_same_tensors(read(kept(folder, 2)), read(folder / NEWEST))
 
 
 def test_only_batchnorm_statistics_move_in_the_last_released_epoch(run_step, tmp_path):

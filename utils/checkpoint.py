@@ -178,7 +178,7 @@ def save_epoch(
     history: list[dict[str, Any]],
     measures: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the newest checkpoint of a run and, when its last epoch is the best, that one too.
+    """Write the newest checkpoint of a run, also as the best or as one to keep if it is that.
 
     Args:
         history: the record of each epoch so far.
@@ -199,7 +199,14 @@ def save_epoch(
     # The best goes first: interrupted in between, the epoch is repeated and both are written.
     if history[-1]["val_top1"] > max(earlier, default=-1.0):
         write_checkpoint(Path(config.save) / BEST, content)
+    if history[-1]["epoch"] in (config.keep_epochs or ()):
+        write_checkpoint(kept(config.save, history[-1]["epoch"]), content)
     write_checkpoint(Path(config.save) / NEWEST, content)
+
+
+def kept(folder: Path | str, epoch: int) -> Path:
+    """Where `keep_epochs` leaves the checkpoint of an epoch."""
+    return Path(folder) / f"epoch_{epoch}.pth.tar"
 
 
 def resume(

@@ -62,6 +62,10 @@ class Config:
     workers: int = _option(
         "image loading processes of each training process", minimum=0, place=True
     )
+    train_per_class: int | None = _option(
+        "train on the first so many images of each class, or none for all", None, minimum=1
+    )
+    val_per_class: int | None = _option("the same for validation", None, minimum=1)
     image_size: int = _option("pixels, height and width", 224, minimum=1)
     val_resize: int = _option("shorter side before the central crop", 256, minimum=1)
     crop_scale: float = _option("smallest area of a random crop", 0.08, above=0, maximum=1)
@@ -113,6 +117,9 @@ class Config:
     save: str = _option(
         "folder for checkpoints, logs and the resolved configuration", path=_always, place=True
     )
+    keep_epochs: list | None = _option(  # noqa: RUF009
+        "epochs, counted from 0, whose checkpoints are kept besides: [0, 9]", None, place=True
+    )
     seed: int = _option("of initialisation, order and augmentation", 0, minimum=0)
     live_measures: bool = _option("FF, C2I, saturation, CAM and SDAM in each epoch's record", True)
     sync_bn: bool = _option("BN statistics over all processes instead of each one's", False)
@@ -123,6 +130,8 @@ class Config:
                 f"val_resize {self.val_resize} is smaller than the image_size {self.image_size}"
                 " that is cut out of it: make it at least as large"
             )
+        if any(type(epoch) is not int or epoch < 0 for epoch in self.keep_epochs or ()):
+            raise InputError(f"keep_epochs must be whole numbers from 0, not {self.keep_epochs}")
         if self.teacher and self.label_smoothing:
             raise InputError(
                 "label_smoothing acts on labels, which a teacher replaces:"
@@ -161,6 +170,7 @@ _TYPE_NAMES = {
     float: "a finite number",
     str: "text",
     dict: "a mapping",
+    list: "a list",
 }
 
 

@@ -5,7 +5,8 @@ alone: the same for any number of loading workers, and, together, for any number
 """
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -93,20 +94,28 @@ class SeededImages(Dataset):
     Args:
         images: a torchvision data set giving (PIL image, label).
         transform: PIL image -> tensor; its randomness may come from torch's generator only.
+        per_class: only the first so many images of each class; None takes all.
     """
 
-    def __init__(self, images: ImageFolder | CIFAR10, transform, seed: int = 0):
+    def __init__(
+        self,
+        images: ImageFolder | CIFAR10,
+        transform,
+        seed: int = 0,
+        per_class: int | None = None,
+    ):
         self.images = images
         self.transform = transform
         self.seed = seed
         self.classes: list[str] = images.classes
+        self.chosen = _first_of_each_class(images.targets, per_class)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.chosen)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key
-        image, label = self._decoded(index)
+        image, label = self._decoded(self.chosen[index])
         # Without workers this runs in the training process, whose generator must not move.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
@@ -120,6 +129,19 @@ class SeededImages(Dataset):
             raise InputError(
                 f"cannot decode image {where} ({type(error).__name__}): repair or remove it"
             ) from error
+
+
+def _first_of_each_class(labels: Sequence[int], count: int | None) -> Sequence[int]:
+    """Indices, in order, of the first `count` images of each class; all of them for None."""
+    if count is None:
+        return range(len(labels))
+    seen = Counter()
+    chosen = []
+    for index, label in enumerate(labels):
+        if seen[label] < count:
+            seen[label] += 1
+            chosen.append(index)
+    return chosen
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -162,7 +184,12 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
     Raises:
         InputError: a missing or empty folder, classes that differ, or a failed download.
     """
-    train = SeededImages(_open_split(config, process, True), train_transform(config), config.seed)
+    train = SeededImages(
+        _open_split(config, process, True),
+        train_transform(config),
+        config.seed,
+        config.train_per_class,
+    )
     val = open_val_images(config, process)
     if train.classes != val.classes:
         raise InputError(
@@ -175,7 +202,8 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
 
 def open_val_images(config: Config, process: Process) -> SeededImages:
     """The validation images alone."""
-    return SeededImages(_open_split(config, process, False), val_transform(config))
+    images = _open_split(config, process, False)
+    return SeededImages(images, val_transform(config), per_class=config.val_per_class)
 
 
 def _open_split(config: Config, process: Process, train: bool) -> ImageFolder | CIFAR10:
