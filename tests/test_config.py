@@ -58,6 +58,10 @@ def test_none_and_booleans_are_read_from_the_command_line():
     assert (config.teacher, config.init_from, config.sync_bn) == (None, None, True)
 
 
+def test_a_negative_number_may_have_an_exponent():
+    assert parse_config(STEP1, ["--weight_decay", "-1e-4"]).weight_decay == -1e-4
+
+
 def test_optimizer_options_are_a_mapping():
     config = parse_config(STEP1, ["--optimizer", "SGD", "--optimizer_options", "{momentum: 0.9}"])
     assert (config.optimizer, config.optimizer_options) == ("SGD", {"momentum": 0.9})

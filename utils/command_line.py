@@ -3,6 +3,7 @@
 import argparse
 import functools
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        # argparse of Python 3.11 takes -1e-4 for an option: its pattern knows no exponents.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def error(self, message: str):
         raise InputError(f"{message}; --help lists the options")
