@@ -45,7 +45,7 @@ def test_share_above_and_saturation_leave_the_bound_out():
 
 def test_histogram_counts_every_weight_once_and_outliers_at_the_ends():
     weight = torch.tensor([-9.0, -0.9, -0.1, 0.1, 0.1, 9.0])
-    assert measures.latent_histogram(weight, bins=4, limit=1.0).tolist() == [2, 1, 2, 1]
+    assert measures.histogram(weight, bins=4, limit=1.0).tolist() == [2, 1, 2, 1]
 
 
 @pytest.mark.parametrize("binary_weights", [False, True])

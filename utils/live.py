@@ -68,7 +68,7 @@ class LiveMeasures:
                 "c2i_ratio": measures.c2i_ratio(initial, now),
                 "smallest_cam": measures.channel_absolute_mean(weight).min().item(),
                 "sdam": measures.deviation_of_absolute_means(weight),
-                "latent_histogram": measures.latent_histogram(weight).tolist(),
+                "latent_histogram": measures.histogram(weight).tolist(),
             }
         flips = sum(flips.item() for flips in self.flips.values())
         total = sum(weight.numel() for weight in weights.values())

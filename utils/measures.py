@@ -4,7 +4,8 @@ Signs are booleans, True for +1.  "Latent weights" are those of every layer whos
 will be, binary (`LatentConv2d`): in step 1 they still act as real weights, and have signs as well.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +71,9 @@ def share_above(weight: Tensor, threshold: float) -> float:
     return (weight.abs() > threshold).double().mean().item()
 
 
-def latent_histogram(weight: Tensor, bins: int = 60, limit: float = HISTOGRAM_LIMIT) -> Tensor:
-    """Counts of weights in `bins` equal bins over [-limit, limit]; those outside go to the ends."""
-    return torch.histc(weight.float().clamp(-limit, limit), bins, -limit, limit).long()
+def histogram(x: Tensor, bins: int = 60, limit: float = HISTOGRAM_LIMIT) -> Tensor:
+    """Counts of values in `bins` equal bins over [-limit, limit]; those outside go to the ends."""
+    return torch.histc(x.float().clamp(-limit, limit), bins, -limit, limit).long()
 
 
 def saturation(x: Tensor) -> float:
@@ -80,9 +81,14 @@ def saturation(x: Tensor) -> float:
     return share_above(x, 1.0)
 
 
-@torch.no_grad()
 def saturation_by_layer(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Name of each Sign layer -> saturation of its input on (N, 3, H, W) images, in eval mode.
+    """Name of each Sign layer -> saturation of its input on (N, 3, H, W) images, in eval mode."""
+    return at_signs(model, images, saturation)
+
+
+@torch.no_grad()
+def at_signs(model: nn.Module, images: Tensor, measure: Callable[[Tensor], Any]) -> dict[str, Any]:
+    """Name of each Sign layer, in order of execution -> `measure` of its input, in eval mode.
 
     Raises:
         InputError: the model has no Sign.
@@ -90,10 +96,10 @@ def saturation_by_layer(model: nn.Module, images: Tensor) -> dict[str, float]:
     names = {m: name for name, m in model.named_modules() if isinstance(m, Sign)}
     if not names:
         raise InputError(f"this {type(model).__name__} has no binary activations")
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     hooks = [
         module.register_forward_pre_hook(
-            lambda m, inputs: found.update({names[m]: saturation(inputs[0])})
+            lambda m, inputs: found.update({names[m]: measure(inputs[0])})
         )
         for module in names
     ]

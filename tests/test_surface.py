@@ -1,0 +1,110 @@
+"""Loss surfaces, and the two binary nodes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models import MODELS, build_model
+from utils import measures, surface, two_nodes
+from utils.surface import filter_normalised_direction, move_to, moves
+
+
+def tiny(name: str = "reactnet_r18", **options) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(name, num_classes=3, width=1 / 16, small_images=True, **options)
+
+
+def direction_of(model: nn.Module, seed: int = 0):
+    return filter_normalised_direction(model, torch.Generator().manual_seed(seed))
+
+
+def batches(count: int = 3, size: int = 16):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        labels = torch.randint(3, (4,), generator=generator)
+        yield torch.randn(4, 3, size, size, generator=generator), labels
+
+
+def test_a_direction_of_size_1_flips_a_quarter_of_gaussian_latent_signs():
+    model = build_model("strong_baseline_r18")
+    for weight in measures.latent_weights(model).values():
+        weight.normal_(std=0.1)
+    before = measures.signs(measures.latent_weights(model))
+    centre = copy.deepcopy(model.state_dict())
+    direction = direction_of(model)
+    move_to(model, centre, (direction, direction), 1.0, 0.0)
+    after = measures.signs(measures.latent_weights(model))
+    assert measures.changed_share(before, after) == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_filter_of_a_direction_is_as_long_as_the_networks_own(name):
+    model = tiny(name)
+    direction = direction_of(model)
+    weights = dict(model.named_parameters())
+    for key, values in direction.items():
+        own = weights[key].detach().flatten(1).norm(dim=1)
+        torch.testing.assert_close(values.flatten(1).norm(dim=1), own)
+
+
+def test_only_kernels_and_the_head_move():
+    model = tiny()
+    moved = {name for name, parameter in model.named_parameters() if moves(name, parameter)}
+    kernels = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert moved == kernels | {"fc.weight"} == set(direction_of(model))
+
+
+def test_a_move_is_linear_and_the_centre_comes_back():
+    model = tiny()
+    centre = copy.deepcopy(model.state_dict())
+    first, second = direction_of(model, 1), direction_of(model, 2)
+    move_to(model, centre, (first, second), 0.5, -2.0)
+    for name, value in model.state_dict().items():
+        expected = centre[name]
+        if name in first:
+            expected = expected + 0.5 * first[name] - 2.0 * second[name]
+        torch.testing.assert_close(value, expected)
+    move_to(model, centre, (first, second), 0.0, 0.0)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, centre[name])
+
+
+def test_recalibration_gives_bn_the_average_statistics_of_the_batches():
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(7.0)
+    given = list(batches())
+    surface.recalibrate_batch_norm(norm, given)
+    images = [images for images, _ in given]
+    means = torch.stack([x.mean((0, 2, 3)) for x in images]).mean(0)
+    variances = torch.stack([x.var((0, 2, 3)) for x in images]).mean(0)
+    torch.testing.assert_close(norm.running_mean, means)
+    torch.testing.assert_close(norm.running_var, variances)
+    assert (norm.momentum, norm.training) == (0.1, False)
+
+
+def test_loss_and_top1_are_means_over_all_images():
+    model = tiny().eval()
+    images = torch.cat([images for images, _ in batches()])
+    labels = torch.cat([labels for _, labels in batches()])
+    loss, top1 = surface.loss_and_top1(model.train(), batches())
+    logits = model.eval()(images)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(seed):
+    shared = {"steps": 1000, "noise": 0.75, "batch_size": 32, "seed": seed}
+    sgd = two_nodes.descend("SGD", 1e-3, {"momentum": 0.9}, **shared)
+    adam = two_nodes.descend("Adam", 3e-3, {}, **shared)
+    assert sgd.shape == adam.shape == (1001, 2)
+    assert sgd[0].tolist() == adam[0].tolist() == list(two_nodes.START)
+    assert sgd[-1, 1] > 1 and adam[-1, 1] < -1
+    assert sgd[-1, 0] < -1 and adam[-1, 0] < -1
+
+
+def test_without_data_the_saturated_node_would_never_move():
+    path = two_nodes.descend("Adam", 3e-3, {}, steps=50, noise=0.0, batch_size=1, seed=0)
+    assert path[-1, 1] == two_nodes.START[1]

@@ -1,0 +1,89 @@
+"""Loss surfaces around a trained network (Li et al., NeurIPS 2018), the paper's Fig. 1.
+
+The loss at (alpha, beta) is that of the network with weights w + alpha * d1 + beta * d2.  For a
+binary network w are the latent weights, and Sign and the scale follow from the moved ones.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Direction = Mapping[str, Tensor]
+
+
+def moves(name: str, parameter: nn.Parameter) -> bool:
+    """Kernels and the matrix of `fc`; biases, BN and the shifts, 4-D though they are, stay."""
+    return parameter.ndim > 1 and not name.endswith("bias")
+
+
+@torch.no_grad()
+def filter_normalised_direction(model: nn.Module, generator: torch.Generator) -> Direction:
+    """Parameter name -> random d of its shape, each filter as long as the network's own.
+
+    d[o] <- d[o] / |d[o]| * |w[o]| with d Gaussian, for each output filter (row of `fc`) o.
+
+    Args:
+        generator: on the CPU, so that a seed means the same direction on every device.
+    """
+    direction = {}
+    for name, parameter in model.named_parameters():
+        if moves(name, parameter):
+            random = torch.randn(parameter.shape, generator=generator).to(parameter)
+            direction[name] = random * (_filter_norms(parameter) / _filter_norms(random))
+    return direction
+
+
+def _filter_norms(weight: Tensor) -> Tensor:
+    """(O, ...) -> (O, 1, ...)."""
+    return weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
+
+
+@torch.no_grad()
+def move_to(
+    model: nn.Module,
+    centre: Mapping[str, Tensor],
+    directions: tuple[Direction, Direction],
+    alpha: float,
+    beta: float,
+) -> None:
+    """Set the model's weights to centre + alpha * d1 + beta * d2, all else to `centre`.
+
+    Args:
+        centre: a copy of the model's state dict, buffers and all.
+    """
+    first, second = directions
+    moved = {name: centre[name] + alpha * first[name] + beta * second[name] for name in first}
+    model.load_state_dict({**centre, **moved})
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Replace the running statistics of every BN by the plain average over `batches`."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    for images, _ in batches:
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+@torch.no_grad()
+def loss_and_top1(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """Mean cross-entropy on the labels, and top-1 in percent, in eval mode."""
+    model.eval()
+    loss = hits = images_seen = 0
+    for images, labels in batches:
+        logits = model(images)
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        hits += (logits.argmax(1) == labels).sum().item()
+        images_seen += len(labels)
+    return loss / images_seen, 100 * hits / images_seen
