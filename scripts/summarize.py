@@ -20,6 +20,7 @@ from utils.checkpoint import BEST
 from utils.command_line import Parser, command
 from utils.errors import InputError
 from utils.files import write_whole
+from utils.markdown import print_table
 from utils.operations import count_layers, total
 
 HEADER = ("", "top-1 %", "best epoch", "parameters", "binary", "float32 KB", "packed KB", "MOPs")
@@ -47,14 +48,6 @@ def table_row(name: str, folder: Path) -> tuple[str, ...]:
         f"{count.packed_bytes / 1e3:,.0f}",
         f"{count.ops / 1e6:.2f}",
     )
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Markdown, so that it can be pasted into a page as it is."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    for row in (rows[0], rule, *rows[1:]):
-        print("| " + " | ".join(map(str.rjust, row, widths)) + " |")
 
 
 def draw_curves(runs: dict[str, Path], picture: Path) -> None:

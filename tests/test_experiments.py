@@ -1,0 +1,165 @@
+"""Experiments: their files, the runner, the drawings, and what goes wrong with them."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from scripts.plot_experiment import DRAWINGS
+from scripts.run_experiment import MEASURES
+from utils.checkpoint import BEST, NEWEST, kept, read_checkpoint, write_checkpoint
+from utils.errors import InputError
+from utils.experiments import experiment_names, read_experiment, resolve_runs, scale_names
+
+TABLES_AND_FIGURES = {*(f"table{n}" for n in range(1, 5)), *(f"fig{n}" for n in range(1, 9))}
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def options(image_folder) -> list[str]:
+    """The smallest runs, on the test's images."""
+    values = {**TINY, "data": image_folder, "width": 1 / 16, "epochs": 1}
+    return [str(text) for name, value in values.items() for text in (f"--{name}", value)]
+
+
+@pytest.fixture
+def experiment(run_script, options, tmp_path):
+    def run(name: str, *more):
+        return run_script("run_experiment", name, "--quick", "--out", tmp_path, *options, *more)
+
+    return run
+
+
+def pretend_finished(name: str, options: list[str], out: Path, **record) -> None:
+    """Folders of finished runs that hold one record and no checkpoint."""
+    for run in resolve_runs(read_experiment(name, "quick"), "quick", 1, out / "runs", options):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+
+
+def test_there_is_one_file_for_each_table_and_figure_and_all_can_be_measured_and_drawn():
+    assert set(experiment_names()) == set(DRAWINGS) == TABLES_AND_FIGURES
+    assert {read_experiment(name, "small").measure for name in experiment_names()} == set(MEASURES)
+
+
+@pytest.mark.parametrize("scale", scale_names())
+@pytest.mark.parametrize("name", sorted(TABLES_AND_FIGURES))
+def test_every_experiment_resolves_at_every_scale(name, scale, tmp_path):
+    experiment = read_experiment(name, scale)
+    runs = resolve_runs(experiment, scale, 2, tmp_path, [])
+    assert len({run.folder for run in runs}) == len(runs) == 2 * len(experiment.runs)
+    for run in runs:
+        started_from = experiment.runs[run.name].get("after")
+        if started_from:
+            parents = [r for r in runs if (r.name, r.seed) == (started_from, run.seed)]
+            assert run.config.init_from == str(parents[0].folder / BEST)
+            assert runs.index(parents[0]) < runs.index(run)
+        else:
+            assert run.config.init_from is None
+
+
+def test_experiments_share_a_run_of_the_same_settings_and_no_other(tmp_path):
+    def folder(name, run, *options):
+        runs = resolve_runs(read_experiment(name, "small"), "small", 1, tmp_path, list(options))
+        return next(r.folder.name.rpartition("-")[2] for r in runs if r.name == run)
+
+    adam = folder("fig2", "binary, Adam")
+    assert adam == folder("fig7", "Adam one-step") == folder("table1", "one-step, 0")
+    assert adam != folder("fig2", "binary, SGD")
+    assert adam != folder("fig2", "binary, Adam", "--data", "/elsewhere")
+    assert adam == folder("fig2", "binary, Adam", "--workers", "3")
+    two_step = folder("table1", "two-step, low -> 0")
+    assert two_step == folder("fig7", "Adam two-step") != folder("table1", "two-step, high -> 0")
+
+
+def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experiment, tmp_path):
+    result = experiment("fig4")
+    assert result.code == 0, result.err
+    rows = rows_of(tmp_path / "fig4.csv")
+    measured = [row for row in rows if row["source"] == "measured"]
+    assert {row["run"] for row in measured} == {"SGD", "Adam"} and len(measured) == 2 * 4
+    assert all(float(row["cam"]) > 0 and float(row["update_cam"]) >= 0 for row in measured)
+    assert [row["sdam"] for row in rows if row["source"] == "published"] == ["0.006227", "0.005558"]
+    assert (tmp_path / "fig4.png").read_bytes().startswith(b"\x89PNG")
+
+    logs = {path: path.read_text() for path in tmp_path.glob("runs/*/log.txt")}
+    assert len(logs) == 2
+    assert experiment("fig5").code == 0
+    assert {path: path.read_text() for path in tmp_path.glob("runs/*/log.txt")} == logs
+
+    broken = next(tmp_path.glob("runs/adam*")) / kept(".", 0).name
+    content = dict(read_checkpoint(broken).content)
+    content["config"] = content["config"] | {"model": "bireal_r18"}
+    write_checkpoint(broken, content)
+    experiment("fig4").assert_one_sentence(str(broken), "does not fit", "BiRealR18")
+
+
+def test_two_nodes_end_to_end(experiment, tmp_path):
+    result = experiment("fig6")
+    assert result.code == 0, result.err
+    last = {row["run"]: row for row in rows_of(tmp_path / "fig6.csv") if row["step"] == "1000"}
+    assert float(last["SGD"]["y"]) > 1 and float(last["Adam"]["y"]) < -1
+    assert (tmp_path / "fig6.png").exists()
+
+
+def test_an_interrupted_grid_goes_on_and_a_changed_one_starts_anew(experiment, tmp_path):
+    first = experiment("fig1")
+    assert first.code == 0, first.err
+    assert first.out.count("25 of 25 points to compute") == 2
+    table = tmp_path / "fig1.csv"
+    rows, lines = rows_of(table), table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:8]))
+    second = experiment("fig1")
+    assert "real-valued: 18 of 25 points" in second.out and "binary: 25 of 25" in second.out
+    assert rows_of(table) == rows
+    assert "binary: 0 of 25" in experiment("fig1").out
+
+    centre = [row for row in rows if float(row["alpha"]) == float(row["beta"]) == 0]
+    for row, run in zip(centre, ("real-valued", "binary"), strict=True):
+        history = read_checkpoint(next(tmp_path.glob(f"runs/{run}-*")) / NEWEST).content["history"]
+        assert float(row["loss"]) == pytest.approx(history[-1]["val_loss"], rel=1e-4)
+
+
+def test_a_figure_of_latent_weights_refuses_a_network_without_any(experiment, options, tmp_path):
+    pretend_finished("fig7", options, tmp_path, epoch=0, val_top1=50.0)
+    experiment("fig7").assert_one_sentence("'Adam one-step' measured no latent weights")
+
+
+def test_unknown_experiment_scale_and_option_list_what_there_is(experiment, run_script):
+    experiment("fig9").assert_one_sentence("unknown experiment 'fig9'", "fig1", "table4")
+    run_script("run_experiment", "fig2", "--scale", "huge").assert_one_sentence("small", "imagenet")
+    experiment("fig2", "--momentum", "1").assert_one_sentence("--momentum", "--epochs")
+
+
+def test_a_run_that_stops_says_which_and_why(experiment, tmp_path):
+    result = experiment("fig4", "--data", tmp_path / "nowhere")
+    result.assert_one_sentence("run 'SGD' stopped", f"{tmp_path}/nowhere/train does not exist")
+    assert not (tmp_path / "fig4.csv").exists()
+
+
+def test_a_table_without_a_needed_column_or_rows_is_one_sentence(run_script, tmp_path):
+    def plot(name, text):
+        table = tmp_path / "table.csv"
+        table.write_text(text)
+        return run_script("plot_experiment", name, table, "--picture", tmp_path / "out.png")
+
+    plot("fig8", "source,run,top1\nmeasured,Adam 1,50\n").assert_one_sentence("no column 'optim")
+    plot("fig4", "source,run,cam\nmeasured,Adam,x\n").assert_one_sentence("cam must hold numbers")
+    plot("fig4", "").assert_one_sentence("has no rows")
+    plot("fig9", "source\nmeasured\n").assert_one_sentence("unknown experiment 'fig9'", "table1")
+    missing = ("plot_experiment", "fig4", tmp_path / "no.csv", "--picture", tmp_path / "out.png")
+    run_script(*missing).assert_one_sentence("cannot read", "no.csv")
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_an_unknown_key_of_an_experiment_file_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr("utils.experiments.EXPERIMENTS", tmp_path)
+    (tmp_path / "mine.yaml").write_text("title: t\nclaim: c\nmeasure: results\nrun: {}\n")
+    with pytest.raises(InputError, match="experiment mine has the unknown key run"):
+        read_experiment("mine", "small")
