@@ -6,12 +6,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from utils.binarize import BinaryConv2d, LatentConv2d, Sign
+from utils.binarize import BinaryConv2d, LatentConv2d, Sign, shifted
 from utils.errors import InputError
 
 
 class ChannelShift(nn.Module):
-    """x + b with one learned b per channel, starting at 0: (N, C, H, W) -> (N, C, H, W).
+    """One learned shift per channel, starting at 0, which the layer it is passed to adds.
 
     `bias` is stored as (1, C, 1, 1), the released layout; being 4-D it falls into the released
     code's weight-decay group.
@@ -21,8 +21,12 @@ class ChannelShift(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.bias
+
+class KeepReal(nn.Module):
+    """Stands where Sign would: x, or x + b with a shift per channel."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return shifted(x, shift)
 
 
 def scaled_width(channels: int, width: float) -> int:
@@ -41,7 +45,7 @@ def scaled_width(channels: int, width: float) -> int:
 
 def sign_factory(binary_activations: bool, activation_ste: str) -> Callable[[], nn.Module]:
     """Makes the layer before each convolution that may be binary: Sign, or nothing."""
-    return partial(Sign, activation_ste) if binary_activations else nn.Identity
+    return partial(Sign, activation_ste) if binary_activations else KeepReal
 
 
 def conv_factory(binary_weights: bool, latent_init: str) -> Callable[..., nn.Conv2d]:

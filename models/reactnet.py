@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import ChannelShift, conv_factory, scaled_width, sign_factory
+from utils.binarize import RPReLU
 
 # Output channels of the stem and of the 13 blocks, at width 1.
 CHANNELS = [32] + [64] + [128] * 2 + [256] * 2 + [512] * 6 + [1024] * 2
@@ -34,7 +35,7 @@ class Block(nn.Module):
 
     Args:
         conv: makes the convolutions that may be binary, `LatentConv2d` or `BinaryConv2d`.
-        sign: makes the binarization of their inputs, `Sign` or `nn.Identity`.
+        sign: makes the binarization of their inputs, `Sign` or `KeepReal`.
     """
 
     # What takes up each binary convolution's scale when its weights become exactly +-1.
@@ -57,7 +58,7 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(c)
         self.shortcut = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
         self.move12 = ChannelShift(c)
-        self.prelu1 = nn.PReLU(c)
+        self.prelu1 = RPReLU(c)
         self.move13 = ChannelShift(c)
 
         self.move21 = ChannelShift(c)
@@ -71,22 +72,22 @@ class Block(nn.Module):
             self.binary_pw = conv(c, c, 1)
             self.bn2 = nn.BatchNorm2d(c)
         self.move22 = ChannelShift(out_channels)
-        self.prelu2 = nn.PReLU(out_channels)
+        self.prelu2 = RPReLU(out_channels)
         self.move23 = ChannelShift(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
-        binary = self.sign1(self.move11(x))
+        binary = self.sign1(x, self.move11.bias)
         x = self.bn1(self.binary_3x3(binary)) + self.shortcut(x)  # (N, C, H/s, W/s)
-        x = self.move13(self.prelu1(self.move12(x)))
+        x = self.prelu1(x, self.move12.bias, self.move13.bias)
 
-        binary = self.sign2(self.move21(x))
+        binary = self.sign2(x, self.move21.bias)
         if self.doubles:
             left = self.bn2_1(self.binary_pw_down1(binary)) + x
             right = self.bn2_2(self.binary_pw_down2(binary)) + x
             x = torch.cat([left, right], dim=1)  # (N, 2C, H/s, W/s)
         else:
             x = self.bn2(self.binary_pw(binary)) + x
-        return self.move23(self.prelu2(self.move22(x)))
+        return self.prelu2(x, self.move22.bias, self.move23.bias)
 
 
 class ReActNetA(nn.Module):

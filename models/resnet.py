@@ -9,7 +9,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.layers import ChannelShift, conv_factory, scaled_width, sign_factory
+from models.layers import ChannelShift, KeepReal, conv_factory, scaled_width, sign_factory
+from utils.binarize import RPReLU
 
 CHANNELS = (64, 128, 256, 512)  # of the four stages at width 1
 BLOCKS_PER_STAGE = 4
@@ -42,14 +43,14 @@ class ReActBlock(nn.Module):
         self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.move1 = ChannelShift(out_channels)
-        self.prelu = nn.PReLU(out_channels)
+        self.prelu = RPReLU(out_channels)
         self.move2 = ChannelShift(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
-        binary = self.sign(self.move0(x))
+        binary = self.sign(x, self.move0.bias)
         x = self.bn1(self.binary_conv(binary)) + self.downsample(x)  # (N, C', H/s, W/s)
-        return self.move2(self.prelu(self.move1(x)))
+        return self.prelu(x, self.move1.bias, self.move2.bias)
 
 
 class BiRealBlock(nn.Module):
@@ -62,7 +63,7 @@ class BiRealBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, stride, conv, sign, size):
         super().__init__()
-        self.sign = nn.ReLU() if sign is nn.Identity else sign()
+        self.sign = nn.ReLU() if sign is KeepReal else sign()
         self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride)
@@ -100,7 +101,7 @@ class StrongBaselineBlock(nn.Module):
         self.sign = sign()
         self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
         self.scale = LearnedScale(out_channels, size)
-        self.prelu = nn.PReLU(out_channels)
+        self.prelu = RPReLU(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
@@ -139,7 +140,7 @@ class BinaryResNet18(nn.Module):
         stem = scaled_width(CHANNELS[0], width)
         self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)
-        self.prelu = nn.PReLU(stem) if self.stem_has_prelu else nn.Identity()
+        self.prelu = RPReLU(stem) if self.stem_has_prelu else nn.Identity()
         self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
 
         sizes = (16, 8, 4, 4) if small_images else (56, 28, 14, 7)

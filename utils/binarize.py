@@ -1,52 +1,116 @@
 """Binarization: Sign with its straight-through estimators, and the scaled weight binarizer.
 
-Each autograd Function is the equation forward and the estimator's gradient backward; the
-functional form beside it is what the networks call, `Sign` and `BinaryConv2d` are thin modules
-over those.  Sign maps 0 to +1 (the released code, through `torch.sign`, leaves it at 0), so its
-output has two values and no third.
+Each autograd Function is the equation forward and the estimator's gradient backward; it keeps no
+more than its inputs, from which the backward pass computes the rest again.  `Sign`, `RPReLU` and
+`BinaryConv2d` are thin modules over them.  Sign maps 0 to +1 (the released code, through
+`torch.sign`, leaves it at 0), so its output has two values and no third.
+
+Under autocast Sign and the binary convolution give what the next operation wants, in the lower
+precision, where -1 and +1 are exact; the scale is applied to the convolution's output.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from utils.errors import InputError
 
 
-def _sign(x: Tensor) -> Tensor:
-    """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in x's shape and dtype."""
-    # Comparing into floats: on a CPU, ten times faster than torch.where.
-    return torch.lt(x, 0, out=torch.empty_like(x)).mul_(-2).add_(1)
+def _lower_precision(x: Tensor) -> torch.dtype:
+    """What autocast computes convolutions of `x` in; its own dtype without autocast."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
-class SignPolynomialSTE(torch.autograd.Function):
-    """y = Sign(x);  dy/dx := 2 + 2x on [-1, 0),  2 - 2x on [0, 1),  0 elsewhere."""
+def _is_negative(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """1 where x < 0, 0 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
+    if torch.compiler.is_compiling():
+        return (x < 0).to(dtype or x.dtype)
+    # Comparing straight into floats: on a CPU, ten times faster than through booleans.
+    return torch.lt(x, 0, out=torch.empty_like(x, dtype=dtype))
+
+
+def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """-1 where x < 0, +1 elsewhere."""
+    return _is_negative(x, dtype).mul_(-2).add_(1)
+
+
+def shifted(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """x, or x + b with a shift per channel."""
+    return x if shift is None else x + shift
+
+
+def _to_shape_of(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """Gradient of a parameter that was broadcast to the shape of `grad`."""
+    return None if parameter is None else grad.sum_to_size(parameter.shape)
+
+
+class _SignSTE(torch.autograd.Function):
+    """y = Sign(x + b), b one shift per channel or None; subclasses give dy/dx := derivative."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _sign(x)
+    def forward(ctx, x: Tensor, shift: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, shift)
+        return _sign(shifted(x, shift), _lower_precision(x))
+
+    @classmethod
+    def _backward(cls, ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, shift = ctx.saved_tensors
+        grad = cls.derivative(shifted(x, shift)).mul_(grad)
+        return grad, _to_shape_of(grad, shift)
+
+
+class SignPolynomialSTE(_SignSTE):
+    """y = Sign(x + b);  dy/dx := 2 + 2a on [-1, 0),  2 - 2a on [0, 1),  0 elsewhere, a = x + b."""
+
+    @staticmethod
+    def derivative(a: Tensor) -> Tensor:
+        return a.abs().mul_(-2).add_(2).clamp_(min=0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return x.abs().mul_(-2).add_(2).clamp_(min=0).mul_(grad)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return SignPolynomialSTE._backward(ctx, grad)
 
 
-class SignClipSTE(torch.autograd.Function):
-    """y = Sign(x);  dy/dx := 1 on -1 < x < 1,  0 elsewhere."""
+class SignClipSTE(_SignSTE):
+    """y = Sign(x + b);  dy/dx := 1 on -1 < a < 1,  0 elsewhere, a = x + b."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _sign(x)
+    def derivative(a: Tensor) -> Tensor:
+        return _is_negative(a.abs() - 1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return torch.lt(x.abs(), 1, out=torch.empty_like(x)).mul_(grad)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return SignClipSTE._backward(ctx, grad)
+
+
+class RPReLUFunction(torch.autograd.Function):
+    """y = PReLU(x + b1) + b2, slope and shifts per channel; a shift may be None.
+
+    With a = x + b1:  dy/dx = 1 where a > 0, else slope;  dy/dslope = min(a, 0).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, before: Tensor | None, slope: Tensor, after: Tensor | None):
+        ctx.save_for_backward(x, before, slope, after)
+        y = F.prelu(shifted(x, before), slope)
+        return y if after is None else y.add_(after)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, before, slope, after = ctx.saved_tensors
+        a = shifted(x, before)
+        of_negative = grad * _is_negative(a)
+        grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
+        slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
+        grad_x = torch.addcmul(grad, of_negative, slope_less_1)
+        return grad_x, _to_shape_of(grad_x, before), grad_slope, _to_shape_of(grad, after)
 
 
 class ScaledSignClipSTE(torch.autograd.Function):
@@ -64,24 +128,59 @@ class ScaledSignClipSTE(torch.autograd.Function):
         return grad * (w.abs() <= 1)
 
 
-def sign_polynomial(x: Tensor) -> Tensor:
+class BinaryConvolution(torch.autograd.Function):
+    """y = x * w_b, a convolution with w_b[o] = mean|w[o]| * Sign(w[o]);  dL/dw as above.
+
+    In a lower precision y = (x * Sign(w)) times mean|w|, so that only the output is rounded.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, stride, padding, dilation, groups: int) -> Tensor:
+        ctx.geometry = (stride, padding, dilation, groups)
+        dtype = _lower_precision(x)
+        x = x.to(dtype)
+        ctx.save_for_backward(x, w)
+        if dtype == w.dtype:
+            return F.conv2d(x, _sign(w) * channel_scale(w), None, *ctx.geometry)
+        y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
+        return y.mul_(channel_scale(w).view(1, -1, 1, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, w = ctx.saved_tensors
+        if x.dtype == w.dtype:
+            kernel = _sign(w) * channel_scale(w)
+        else:
+            kernel = _sign(w, x.dtype) * channel_scale(w).to(x.dtype)
+        stride, padding, dilation, groups = ctx.geometry
+        needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
+        grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
+            grad, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, needed
+        )
+        if grad_w is not None:
+            grad_w = grad_w.to(w.dtype) * (w.abs() <= 1)
+        return grad_x, grad_w, None, None, None, None
+
+
+def sign_polynomial(x: Tensor, shift: Tensor | None = None) -> Tensor:
     """Sign with the polynomial STE of Bi-Real Net, the activation gradient of the released code.
 
     >>> x = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], requires_grad=True)
     >>> y = sign_polynomial(x); y.sum().backward(); y.tolist(), x.grad.tolist()
     ([-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 1.0, 0.0])
     """
-    return SignPolynomialSTE.apply(x)
+    return SignPolynomialSTE.apply(x, shift)
 
 
-def sign_clip(x: Tensor) -> Tensor:
+def sign_clip(x: Tensor, shift: Tensor | None = None) -> Tensor:
     """Sign with the clip STE, the activation gradient of the paper's equations.
 
     >>> x = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], requires_grad=True)
     >>> y = sign_clip(x); y.sum().backward(); y.tolist(), x.grad.tolist()
     ([-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 0.0])
     """
-    return SignClipSTE.apply(x)
+    return SignClipSTE.apply(x, shift)
 
 
 def channel_scale(w: Tensor) -> Tensor:
@@ -109,7 +208,7 @@ LATENT_INITS = ("positive", "symmetric")
 
 
 class Sign(nn.Module):
-    """Binarize activations of any shape; `ste` is "polynomial" or "clip"."""
+    """Sign(x), or RSign(x) = Sign(x + b) with a shift per channel; `ste` "polynomial" or "clip"."""
 
     def __init__(self, ste: str = "polynomial"):
         super().__init__()
@@ -119,11 +218,20 @@ class Sign(nn.Module):
             )
         self.ste = ste
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATION_STES[self.ste](x)
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return ACTIVATION_STES[self.ste](x, shift)
 
     def extra_repr(self) -> str:
         return f"ste={self.ste!r}"
+
+
+class RPReLU(nn.PReLU):
+    """PReLU(x), or RPReLU(x) = PReLU(x + b1) + b2, everything per channel: (N, C, ...) -> same."""
+
+    def forward(
+        self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None
+    ) -> Tensor:
+        return RPReLUFunction.apply(x, before, self.weight, after)
 
 
 class LatentConv2d(nn.Conv2d):
@@ -151,4 +259,5 @@ class BinaryConv2d(LatentConv2d):
             nn.init.uniform_(self.weight, 0, 0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, binarize_weight(self.weight), self.bias)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        return BinaryConvolution.apply(x, self.weight, *geometry)

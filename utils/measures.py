@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.binarize import LatentConv2d, Sign
+from utils.binarize import LatentConv2d, Sign, shifted
 from utils.errors import InputError
 
 HISTOGRAM_LIMIT = 1.5  # latent weights beyond it count as at it
@@ -99,7 +99,7 @@ def at_signs(model: nn.Module, images: Tensor, measure: Callable[[Tensor], Any])
     found: dict[str, Any] = {}
     hooks = [
         module.register_forward_pre_hook(
-            lambda m, inputs: found.update({names[m]: measure(inputs[0])})
+            lambda m, inputs: found.update({names[m]: measure(shifted(*inputs))})
         )
         for module in names
     ]
