@@ -25,17 +25,17 @@ def _lower_precision(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def _is_negative(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """1 where x < 0, 0 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
+def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = None) -> Tensor:
+    """1 where `compare`, torch.lt or torch.le, holds for x and `bound`, 0 elsewhere; x's dtype."""
     if torch.compiler.is_compiling():
-        return (x < 0).to(dtype or x.dtype)
+        return compare(x, bound).to(dtype or x.dtype)
     # Comparing straight into floats: on a CPU, ten times faster than through booleans.
-    return torch.lt(x, 0, out=torch.empty_like(x, dtype=dtype))
+    return compare(x, bound, out=torch.empty_like(x, dtype=dtype))
 
 
 def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """-1 where x < 0, +1 elsewhere."""
-    return _is_negative(x, dtype).mul_(-2).add_(1)
+    """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
+    return _ones_where(torch.lt, x, 0, dtype).mul_(-2).add_(1)
 
 
 def shifted(x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class SignClipSTE(_SignSTE):
 
     @staticmethod
     def derivative(a: Tensor) -> Tensor:
-        return _is_negative(a.abs() - 1)
+        return _ones_where(torch.lt, a.abs(), 1)
 
     @staticmethod
     @once_differentiable
@@ -106,7 +106,7 @@ class RPReLUFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, before, slope, after = ctx.saved_tensors
         a = shifted(x, before)
-        of_negative = grad * _is_negative(a)
+        of_negative = grad * _ones_where(torch.le, a, 0)
         grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
         slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
         grad_x = torch.addcmul(grad, of_negative, slope_less_1)
