@@ -73,7 +73,10 @@ def composed(model: nn.Module) -> nn.Module:
 
 
 class ComposedLighting:
-    """The released colour noise, on the pixels themselves."""
+    """The released colour noise, on the pixels themselves; `scale` 255 is the textbook's."""
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
 
     def __call__(self, image: Image.Image) -> Image.Image:
         alpha = torch.randn(3, dtype=torch.float64).numpy() * 0.1
@@ -85,16 +88,17 @@ class ComposedLighting:
                 [-0.5836, -0.6948, 0.4203],
             ]
         )
-        pixels = np.array(image) + (vectors * alpha[None] * values[None]).sum(1)
+        increment = self.scale * (vectors * alpha[None] * values[None]).sum(1)
+        pixels = np.array(image) + increment
         return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def train_transform(size: int, crop_scale: float) -> transforms.Compose:
+def train_transform(size: int, crop_scale: float, scale: float = 1.0) -> transforms.Compose:
     """The released order, ending in normalised floats."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale=(crop_scale, 1.0)),
-            ComposedLighting(),
+            ComposedLighting(scale),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),

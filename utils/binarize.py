@@ -98,19 +98,21 @@ class RPReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, before: Tensor | None, slope: Tensor, after: Tensor | None):
         ctx.save_for_backward(x, before, slope, after)
-        y = F.prelu(shifted(x, before), slope)
+        with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
+            y = F.prelu(shifted(x, before).to(slope.dtype), slope)
         return y if after is None else y.add_(after)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, before, slope, after = ctx.saved_tensors
-        a = shifted(x, before)
+        a = shifted(x, before).to(slope.dtype)
         of_negative = grad * _ones_where(torch.le, a, 0)
         grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
         slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
         grad_x = torch.addcmul(grad, of_negative, slope_less_1)
-        return grad_x, _to_shape_of(grad_x, before), grad_slope, _to_shape_of(grad, after)
+        grads_of_shifts = _to_shape_of(grad_x, before), _to_shape_of(grad, after)
+        return grad_x.to(x.dtype), grads_of_shifts[0], grad_slope, grads_of_shifts[1]
 
 
 class ScaledSignClipSTE(torch.autograd.Function):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from utils.errors import InputError
 
 EXIT_CODE = 2
-_OTHER_RANKS_WAIT_SECONDS = 3.0
+_OTHER_RANKS_WAIT_SECONDS = 10.0
 
 
 class Parser(argparse.ArgumentParser):

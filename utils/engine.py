@@ -2,15 +2,16 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.distributed import share_weight, sum_over_processes
-from utils.losses import batch_loss
+from utils.distributed import reduces_gradients, share_weight, sum_over_processes
+from utils.losses import batch_loss, in_full_precision
+from utils.precision import autocast
 
 
 class Meter:
@@ -61,14 +62,6 @@ def without_progress(batches: Iterable, meter: Meter) -> Iterable:
     return batches
 
 
-def on_device(
-    batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, copied without waiting where the loader pinned their memory."""
-    for images, labels in batches:
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
 def train_one_epoch(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -76,6 +69,8 @@ def train_one_epoch(
     optimizer: Optimizer,
     device: torch.device,
     label_smoothing: float = 0.0,
+    precision: str = "float32",
+    accumulate: int = 1,
     progress: Progress = without_progress,
     after_step: Callable[[], None] | None = None,
 ) -> dict[str, float]:
@@ -85,19 +80,25 @@ def train_one_epoch(
         model: the student; several processes wrap it with `utils.distributed.distribute`.
         teacher: gives the soft targets; None trains on the labels.
         batches: this process's share of each batch, (n, 3, H, W) images and (n,) labels.
+        accumulate: parts that a batch is computed in one after the other.
         after_step: called after each update of the weights.
     """
     model.train()
     meter = Meter(device)
-    for images, labels in on_device(progress(batches, meter), device):
-        logits = model(images)
-        loss = batch_loss(logits, images, labels, teacher, label_smoothing)
+    for images, labels in progress(batches, meter):
         optimizer.zero_grad()
-        (loss * share_weight(len(labels), device)).backward()
+        weight = share_weight(len(labels), device) / len(labels)
+        parts = list(zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True))
+        for number, (part, its_labels) in enumerate(parts, start=1):
+            with reduces_gradients(model, number == len(parts)):
+                with autocast(device, precision):
+                    logits = model(part)
+                    loss = batch_loss(logits, part, its_labels, teacher, label_smoothing)
+                (loss * weight * len(its_labels)).backward()
+            meter.update(loss, logits, its_labels)
         optimizer.step()
         if after_step:
             after_step()
-        meter.update(loss, logits, labels)
     return meter.reduce().results()
 
 
@@ -105,10 +106,11 @@ def validate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
+    precision: str = "float32",
     progress: Progress = without_progress,
 ) -> dict[str, float]:
     """Cross-entropy and accuracy on the labels, over the batches of all processes together."""
-    return measure(model, batches, device, progress).results()
+    return measure(model, batches, device, precision, progress).results()
 
 
 @torch.no_grad()
@@ -116,14 +118,17 @@ def measure(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
+    precision: str = "float32",
     progress: Progress = without_progress,
 ) -> Meter:
     """The meter behind `validate`, which also knows how the losses scatter."""
     model.eval()
     meter = Meter(device)
-    for images, labels in on_device(progress(batches, meter), device):
-        logits = model(images)
-        meter.update(F.cross_entropy(logits, labels, reduction="none"), logits, labels)
+    for images, labels in progress(batches, meter):
+        with autocast(device, precision):
+            logits = model(images)
+        losses = F.cross_entropy(in_full_precision(logits), labels, reduction="none")
+        meter.update(losses, logits, labels)
     return meter.reduce()
 
 
