@@ -168,10 +168,12 @@ def _as_argument(value: Any) -> str:
 
 
 def _digest(config: Config, step: int, parent: Run | None) -> str:
+    # Defaults are left out, so that an option added later takes no run for another.
     deciding = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if not f.metadata.get("place") or f.name in ("data", "val_dir", "keep_epochs")
+        if (not f.metadata.get("place") or f.name in ("data", "val_dir", "keep_epochs"))
+        and getattr(config, f.name) != f.default
     }
     start = parent.folder.name.rpartition("-")[2] if parent else None
     text = json.dumps([step, start, deciding], sort_keys=True)
