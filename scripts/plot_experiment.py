@@ -164,7 +164,8 @@ def draw_surfaces(table: Table) -> Figure:
     runs = table.distinct("run")
     seed = table.distinct("seed")[0]
     low = table.numbers("loss").min()
-    high = np.quantile(table.numbers("loss"), 0.95)  # the far corners would flatten the rest
+    # Far corners would flatten the rest: the scale ends within the surface that is lower there.
+    high = min(np.quantile(table.where(run=run).numbers("loss"), 0.95) for run in runs)
     figure = plt.figure(figsize=(11, 9), layout="constrained")
     summary = [["", "loss at the centre", "at distance 0.5", "at the corners"]]
     for place, run in enumerate(runs):
@@ -177,7 +178,8 @@ def draw_surfaces(table: Table) -> Figure:
         first, second = np.meshgrid(points, points, indexing="ij")
         axes = figure.add_subplot(2, len(runs), place + 1, projection="3d")
         axes.plot_surface(first, second, loss.clip(max=high), rstride=1, cstride=1, **colours)
-        axes.set(title=run, zlim=(low, high), zlabel="loss")
+        ticks = (-1, 0, 1)
+        axes.set(title=run, zlim=(low, high), zlabel="loss", xticks=ticks, yticks=ticks)
         axes = figure.add_subplot(2, len(runs), len(runs) + place + 1)
         levels = np.linspace(low, high, 25)
         shades = axes.contourf(first, second, loss, levels, extend="both", **colours)
