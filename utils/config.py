@@ -30,7 +30,8 @@ def _option(help_text: str, default: Any = dataclasses.MISSING, **metadata: Any)
     """A field with its help, its range (`choices`, `minimum`, `above`, `maximum`, `below`), and
 
     path: which of its values are file paths;
-    place: it says where things lie, so that a run may be continued with another value.
+    place: it says where things lie or how a run is kept, so that the run may be continued with
+        another value.
     """
     return field(default=default, metadata={"help": help_text, **metadata})
 
@@ -119,6 +120,12 @@ class Config:
     )
     keep_epochs: list | None = _option(  # noqa: RUF009
         "epochs, counted from 0, whose checkpoints are kept besides: [0, 9]", None, place=True
+    )
+    checkpoint_minutes: float = _option(
+        "time between checkpoints within an epoch; 0 for one after each iteration",
+        15.0,
+        minimum=0,
+        place=True,
     )
     seed: int = _option("of initialisation, order and augmentation", 0, minimum=0)
     live_measures: bool = _option("FF, C2I, saturation, CAM and SDAM in each epoch's record", True)

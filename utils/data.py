@@ -5,6 +5,7 @@ alone: the same for any number of loading workers, and, together, for any number
 """
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,7 +150,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
 
     The shares of all processes, in rank order, are the batch one process alone would see.  The
     last batch keeps what is left over, as released; when that is less than one image for each
-    process it is left out.  Set `epoch` before each iteration.
+    process it is left out.  Set `epoch` before each iteration, and `first` to skip what a run that
+    goes on within the epoch has had: the order is drawn anew, so its position is that one number.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int):
@@ -159,17 +161,22 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.first = 0
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         whole, rest = divmod(self.length, self.batch_size)
         return whole + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)
-        for batch in order.split(self.batch_size)[: len(self)]:
+        for batch in self.whole_batches()[self.first : len(self)]:
             share = batch.tensor_split(self.world_size)[self.rank]
             yield [(self.epoch, index) for index in share.tolist()]
+
+    def whole_batches(self) -> tuple[torch.Tensor, ...]:
+        """The epoch's batches over all processes: image indices, `batch_size` in each."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        return torch.randperm(self.length, generator=generator).split(self.batch_size)
 
 
 def val_batches(length: int, batch_size: int, rank: int, world_size: int):
@@ -282,9 +289,16 @@ def _loader(images: SeededImages, batches, config: Config, process: Process) -> 
         num_workers=workers,
         pin_memory=process.device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals,
         # Its own generator: the loader's seed for its workers is drawn, and nothing here uses it.
         generator=torch.Generator(),
     )
+
+
+def ignore_signals(worker: int) -> None:
+    """A loading worker ends with its training process, which is the one to answer signals."""
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def _usable_cores() -> int:
