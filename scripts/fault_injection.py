@@ -6,7 +6,7 @@ kill            SIGKILL at a random moment, while saving too, and the same comma
 pair            the same with two processes, both killed
 rank            one of two processes under torchrun killed; the launcher goes on by itself
 checkpoint      bits flipped, blocks overwritten, ends cut off or added, at random offsets
-disk            a small tmpfs that is full, or its folder gone, for a while (needs the right to mount)
+disk            a small tmpfs full, or the run's folder gone, for a while (needs the right to mount)
 image           a damaged JPEG: its path in one sentence, or --skip_unreadable
 configuration   values and image folders made by Hypothesis (needs requirements-test.txt)
 

@@ -1,6 +1,7 @@
 """What a run survives: signals, kills, damaged files, a full disk, numbers that are not finite."""
 
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -87,6 +88,22 @@ def test_a_signal_ends_the_iteration_saves_and_leaves_and_the_same_command_goes_
     again = run_step(2, **OPTIONS)
     assert f"{done + 1} iterations of this run, which goes on" in again.out
     assert_ends_as(whole, folder)
+
+
+def test_a_signal_to_every_process_leaves_the_loading_workers_to_finish_the_iteration(
+    run_step, tmp_path, whole
+):
+    def send_to_all():
+        for child in multiprocessing.active_children():
+            subprocess.run(["kill", str(child.pid)], check=True)
+        send(signal.SIGTERM)()
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_iteration(patch, 0, send_to_all)
+        at_iteration(patch, 1, lambda: pytest.fail("it should have left"))
+        assert run_step(2, workers=1, **OPTIONS).code == STOPPED
+    assert run_step(2, workers=1, **OPTIONS).code == 0
+    assert_ends_as(whole, tmp_path / "step2")
 
 
 def test_a_signal_during_validation_is_answered_after_the_next_iteration(

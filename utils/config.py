@@ -67,6 +67,12 @@ class Config:
         "train on the first so many images of each class, or none for all", None, minimum=1
     )
     val_per_class: int | None = _option("the same for validation", None, minimum=1)
+    skip_unreadable: int = _option(
+        "training images that may be unreadable, each replaced by the next one",
+        0,
+        minimum=0,
+        place=True,
+    )
     image_size: int = _option("pixels, height and width", 224, minimum=1)
     val_resize: int = _option("shorter side before the central crop", 256, minimum=1)
     crop_scale: float = _option("smallest area of a random crop", 0.08, above=0, maximum=1)

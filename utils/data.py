@@ -6,6 +6,8 @@ alone: the same for any number of loading workers, and, together, for any number
 
 import os
 import signal
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,6 +98,7 @@ class SeededImages(Dataset):
         images: a torchvision data set giving (PIL image, label).
         transform: PIL image -> tensor; its randomness may come from torch's generator only.
         per_class: only the first so many images of each class; None takes all.
+        skip: so many images may be unreadable; each is replaced by the next one that is not.
     """
 
     def __init__(
@@ -104,23 +107,49 @@ class SeededImages(Dataset):
         transform,
         seed: int = 0,
         per_class: int | None = None,
+        skip: int = 0,
     ):
         self.images = images
         self.transform = transform
         self.seed = seed
         self.classes: list[str] = images.classes
         self.chosen = _first_of_each_class(images.targets, per_class)
+        self.skip = skip
+        # Shared with the loading workers, so that each image counts once.
+        self.unreadable = torch.zeros(len(self.chosen), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key
-        image, label = self._decoded(self.chosen[index])
+        image, label = self._readable(index)
         # Without workers this runs in the training process, whose generator must not move.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
             return self.transform(image), label
+
+    def _readable(self, index: int) -> tuple[Image.Image, int]:
+        """Image `index` or, within what `skip` allows, the next one that can be read."""
+        while True:
+            try:
+                return self._decoded(self.chosen[index])
+            except InputError as error:
+                if self.skip == 0:
+                    raise
+                self._count_unreadable(index, error)
+            index = (index + 1) % len(self)
+
+    def _count_unreadable(self, index: int, error: InputError) -> None:
+        if self.unreadable[index]:
+            return
+        self.unreadable[index] = True
+        count = int(self.unreadable.sum())
+        if count > self.skip:
+            raise InputError(
+                f"{count} images are unreadable and skip_unreadable is {self.skip}: {error}"
+            )
+        print(f"warning: {error}; replaced, {count} of {self.skip}", file=sys.stderr, flush=True)
 
     def _decoded(self, index: int) -> tuple[Image.Image, int]:
         try:
@@ -196,6 +225,7 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
         train_transform(config),
         config.seed,
         config.train_per_class,
+        config.skip_unreadable,
     )
     val = open_val_images(config, process)
     if train.classes != val.classes:
@@ -289,16 +319,29 @@ def _loader(images: SeededImages, batches, config: Config, process: Process) -> 
         num_workers=workers,
         pin_memory=process.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_signals,
+        worker_init_fn=answer_parent_alone,
         # Its own generator: the loader's seed for its workers is drawn, and nothing here uses it.
         generator=torch.Generator(),
     )
 
 
-def ignore_signals(worker: int) -> None:
-    """A loading worker ends with its training process, which is the one to answer signals."""
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
+def answer_parent_alone(worker: int) -> None:
+    """Let a loading worker live as long as its training process, which is the one to get signals.
+
+    A scheduler sends SIGTERM to all processes; a worker must still load the batch that the training
+    process finishes before it leaves.  From that process itself, SIGTERM ends the worker.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere than on Linux SIGTERM ends workers as well
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _usable_cores() -> int:
