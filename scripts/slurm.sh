@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Both steps on two machines of eight GPUs: sbatch scripts/slurm.sh /path/to/imagenet
-# A job that is requeued goes on from the last finished epoch.
+# Preempted, or 10 minutes before its time is over, a step saves and leaves with code 75; the job is
+# then queued again and goes on from there.
 #SBATCH --job-name=adambnn
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -8,8 +9,14 @@
 #SBATCH --cpus-per-task=96
 #SBATCH --time=7-00:00:00
 #SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=USR1@600
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 source .venv/bin/activate
-srun bash step1/run.sh --data "$1"
-srun bash step2/run.sh --data "$1"
+for step in step1 step2; do
+  code=0
+  srun bash "$step/run.sh" --data "$1" || code=$?
+  [ "$code" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"
+  [ "$code" -eq 0 ] || exit "$code"
+done

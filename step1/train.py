@@ -15,11 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import build_model
 from models.teacher import load_teacher
 from utils import engine
-from utils.checkpoint import load_strictly, read_checkpoint, resume, save_epoch
+from utils.checkpoint import load_strictly, read_checkpoint, resume
 from utils.command_line import command
 from utils.config import Config, parse_config
 from utils.data import open_images, train_loader, val_loader
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
+from utils.keeping import Keeper, run_folder
 from utils.live import live_measures
 from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 from utils.precision import compiled, place, set_precision
@@ -29,7 +30,7 @@ from utils.runlog import RunLog, epoch_record
 @command
 def main() -> None:
     config = parse_config(Path(__file__).with_name("config.yaml"), description=__doc__)
-    with training_process() as process:
+    with training_process() as process, run_folder(config.save, process):
         train(config, process)
 
 
@@ -53,9 +54,10 @@ def train(config: Config, process: Process) -> None:
         config.optimizer_options,
     )
 
-    history, measured = resume(config, student, optimizer)
-    if history:
-        start = f"epoch {history[-1]['epoch']} of this run, which goes on"
+    resumed = resume(config, process, student, optimizer)
+    history = resumed.history
+    if resumed.start:
+        start = resumed.start
     elif config.init_from:
         start = read_checkpoint(config.init_from)
         load_strictly(student, start)
@@ -64,16 +66,19 @@ def train(config: Config, process: Process) -> None:
     teacher = load_teacher(
         config.teacher, config.teacher_checkpoint, classes, config.image_size, device
     )
-    measures = live_measures(config, process, student, val_images, measured)
+    measures = live_measures(config, process, student, val_images, resumed.measures)
     teacher = compiled(place(teacher, device, config.channels_last), config.compile)
     network = compiled(student, config.compile)
     model = distribute(network, process, config.sync_bn)
-    with RunLog(config, process, first_epoch=len(history)) as log:
+    with (
+        RunLog(config, process, history) as log,
+        Keeper(config, process, log, student, optimizer, measures, resumed) as keeper,
+    ):
         log.opening(config, process, start, describe_groups(optimizer))
         for epoch in range(len(history), config.epochs):
             rate = learning_rate(epoch, config.learning_rate, config.epochs, config.schedule)
             set_learning_rate(optimizer, rate)
-            train_batches.batch_sampler.epoch = epoch
+            keeper.start_epoch(epoch, train_batches.batch_sampler)
             trained = engine.train_one_epoch(
                 model,
                 teacher,
@@ -83,16 +88,16 @@ def train(config: Config, process: Process) -> None:
                 config.label_smoothing,
                 config.precision,
                 config.accumulate,
-                log.progress(f"epoch {epoch} train"),
-                measures.after_step,
+                log.progress(f"epoch {epoch} train", keeper.iteration),
+                keeper.after_step,
+                keeper.meter,
             )
             broadcast_buffers(student)
             validated = engine.validate(
                 network, val_batches, device, config.precision, log.progress(f"epoch {epoch} val")
             )
             history.append(epoch_record(epoch, rate, trained, validated, measures.epoch()))
-            if process.is_main:
-                save_epoch(config, student, optimizer, history, measures.state_dict())
+            keeper.save_epoch()
             log.epoch(history)
         log.closing(history)
 

@@ -10,7 +10,7 @@ import yaml
 from conftest import CLASSES, VAL, write_images
 
 from utils import engine
-from utils.checkpoint import BEST, NEWEST, kept
+from utils.checkpoint import BEST, NEWEST, PREVIOUS, kept
 from utils.config import FIELDS
 
 
@@ -34,6 +34,17 @@ def assert_same_tensors(left, right) -> None:
         assert left == right
 
 
+def assert_same_run(left: Path, right: Path) -> None:
+    """Two checkpoints with the same bits in all that a run computes, its speed apart."""
+    contents = [read(path) for path in (left, right)]
+    assert contents[0].keys() == contents[1].keys()
+    for content in contents:
+        del content["config"]
+        for record in content["history"]:
+            assert record.pop("train_images_per_second") and record.pop("val_images_per_second")
+    assert_same_tensors(*contents)
+
+
 def test_step2_continues_from_the_best_of_step1(run_step, tmp_path):
     step1, step2 = tmp_path / "step1", tmp_path / "step2"
     first = run_step(1)
@@ -53,7 +64,7 @@ def test_a_run_leaves_checkpoints_log_curves_records_and_configuration(run_step,
     result = run_step(1)
     folder = tmp_path / "step1"
     assert {path.name for path in folder.iterdir()} == {
-        NEWEST, BEST, "log.txt", "metrics.jsonl", "config.yaml", "tensorboard",
+        NEWEST, PREVIOUS, BEST, "log.txt", "metrics.jsonl", "config.yaml", "tensorboard",
     }  # fmt: skip
     log = (folder / "log.txt").read_text()
     for words in ("configuration", "commit", "torch 2.", "device cpu", "seed 0", "weight decay"):
@@ -123,14 +134,7 @@ def test_interrupted_run_ends_with_the_bits_of_an_unbroken_one(
     continued = run_step(step, save=tmp_path / "broken", **options)
     assert "weights start from epoch 1 of this run" in continued.out
 
-    contents = [read(tmp_path / name / NEWEST) for name in ("whole", "broken")]
-    for key in ("epoch", "state_dict", "optimizer", "best_top1_acc", "rng"):
-        assert_same_tensors(contents[0][key], contents[1][key])
-    exact = [
-        [{k: v for k, v in record.items() if "per_second" not in k} for record in c["history"]]
-        for c in contents
-    ]
-    assert exact[0] == exact[1]
+    assert_same_run(tmp_path / "whole" / NEWEST, tmp_path / "broken" / NEWEST)
     lines = (tmp_path / "broken" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [0, 1, 2, 3]
 
@@ -250,13 +254,33 @@ def test_checkpoint_of_another_class_count_names_the_shapes(run_step, tmp_path):
     result.assert_one_sentence("fc.weight (2, 32) instead of (3, 32)")
 
 
-def test_truncated_checkpoint_stops_a_continuation_and_is_kept(run_step, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_previous_one(run_step, tmp_path, damage):
+    whole = run_step(1, save=tmp_path / "whole")
+    assert whole.code == 0
     run_step(1)
     newest = tmp_path / "step1" / NEWEST
-    half = newest.read_bytes()[: newest.stat().st_size // 2]
-    newest.write_bytes(half)
-    run_step(1).assert_one_sentence(str(newest), "damaged or truncated")
-    assert newest.read_bytes() == half
+    data = newest.read_bytes()
+    damaged = {"cut": data[: len(data) // 2], "flipped": data[:9999] + b"?" + data[10000:]}
+    if damage == "missing":
+        newest.unlink()
+    else:
+        newest.write_bytes(damaged[damage])
+    again = run_step(1)
+    assert again.code == 0, again.err
+    assert "weights start from epoch 0 of this run" in again.out
+    assert ("warning: " + str(newest) in again.out) == (damage != "missing")
+    for name in (NEWEST, PREVIOUS):
+        assert_same_run(tmp_path / "whole" / name, tmp_path / "step1" / name)
+
+
+def test_damage_to_both_checkpoints_stops_a_continuation_and_changes_neither(run_step, tmp_path):
+    run_step(1)
+    files = [tmp_path / "step1" / name for name in (NEWEST, PREVIOUS)]
+    for path in files:
+        path.write_bytes(path.read_bytes()[:5000])
+    run_step(1).assert_one_sentence(str(files[0]), "damaged or truncated")
+    assert [path.stat().st_size for path in files] == [5000, 5000]
 
 
 def test_other_settings_do_not_overwrite_a_run(run_step, tmp_path):

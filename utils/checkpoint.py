@@ -1,28 +1,33 @@
-"""Checkpoints: written whole or not at all, read as data only, loaded strictly.
+"""Checkpoints: written whole or not at all, sealed, read as data only, loaded strictly.
 
 A checkpoint has the released keys, `epoch` (0-based, the last one finished), `state_dict`,
 `best_top1_acc` and `optimizer`, and what an exact continuation needs besides: `config`, `rng`,
-`history`, the record of each epoch so far, and `measures`, the signs that C2I is counted against.
+`history`, the record of each epoch so far, and `measures`, what the live measures have counted.
+One written within an epoch also has `unfinished`: the `iteration`s done of the epoch after the last
+finished one, and of each of the `processes` its running sums and random state.
 """
 
 import hashlib
 import pickle
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.config import Config
+from utils.distributed import Process, from_main
 from utils.errors import InputError
 from utils.files import write_whole
 from utils.packing import SUFFIX, read_packed
+from utils.sealing import is_intact, seal
 
 NEWEST = "checkpoint.pth.tar"
+PREVIOUS = "previous.pth.tar"
 BEST = "model_best.pth.tar"
 
 
@@ -37,7 +42,7 @@ class Checkpoint:
 
     @property
     def epoch(self) -> int | None:
-        """The last epoch finished, counted from 0."""
+        """The last epoch finished, counted from 0; -1 within the first one."""
         epoch = self._number("epoch")
         return None if epoch is None else int(epoch)
 
@@ -60,7 +65,8 @@ class Checkpoint:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
     def __str__(self) -> str:
-        epoch = "unknown epoch" if self.epoch is None else f"epoch {self.epoch}"
+        named = {None: "unknown epoch", -1: "within the first epoch"}
+        epoch = named.get(self.epoch, f"epoch {self.epoch}")
         top1 = "unknown top-1" if self.top1 is None else f"top-1 {self.top1:.2f} %"
         return f"{self.path} ({self.layout}, {epoch}, {top1}, sha256 {self.digest}...)"
 
@@ -72,7 +78,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     (taken off here), a bare state dict, and a packed file.
 
     Raises:
-        InputError: no such file, truncated, not a checkpoint, or more than data.
+        InputError: no such file, not what was written, not a checkpoint, or more than data.
     """
     path = Path(path)
     if path.suffix == SUFFIX and path.is_file():
@@ -102,7 +108,14 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
 
 def _read_data(path: Path) -> Any:
     try:
+        if not is_intact(path):
+            raise InputError(
+                f"{path} is damaged or truncated: it does not fit the SHA-256 it was written with;"
+                " fetch or write it again"
+            )
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"checkpoint {path} does not exist") from error
     except OSError as error:
@@ -166,42 +179,56 @@ def with_4d_kernels(
     return renamed
 
 
-def write_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a checkpoint's content whole or not at all."""
-    write_whole(path, lambda file: torch.save(content, file))
+def write_checkpoint(
+    path: Path, content: Mapping[str, Any], before_replacing: Callable[[], None] | None = None
+) -> None:
+    """Write a checkpoint's content whole or not at all, sealed with its SHA-256."""
+
+    def write(file: BinaryIO) -> None:
+        torch.save(content, file)
+        seal(file)
+
+    write_whole(path, write, before_replacing)
 
 
-def save_epoch(
+def write_newest(folder: Path, content: Mapping[str, Any]) -> None:
+    """Write the newest checkpoint of a run; the one it replaces becomes the previous one."""
+    newest = folder / NEWEST
+
+    def keep_previous() -> None:
+        # A damaged one was not gone on from: what is kept must be what can be.
+        if newest.exists() and is_intact(newest):
+            newest.replace(folder / PREVIOUS)
+
+    write_checkpoint(newest, content, keep_previous)
+
+
+def run_content(
     config: Config,
     model: nn.Module,
     optimizer: Optimizer,
     history: list[dict[str, Any]],
-    measures: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the newest checkpoint of a run, also as the best or as one to keep if it is that.
+    measures: Mapping[str, Any] | None,
+    unfinished: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint of a run holds.
 
     Args:
         history: the record of each epoch so far.
         measures: state of the live measures.
+        unfinished: how far the next epoch has come; None between epochs.
     """
-    best = max(record["val_top1"] for record in history)
     content = {
-        "epoch": history[-1]["epoch"],
+        "epoch": history[-1]["epoch"] if history else -1,
         "state_dict": model.state_dict(),
-        "best_top1_acc": best,
+        "best_top1_acc": max((record["val_top1"] for record in history), default=0.0),
         "optimizer": optimizer.state_dict(),
         "config": asdict(config),
-        "rng": _rng_state(),
+        "rng": rng_state(),
         "history": history,
         "measures": measures,
     }
-    earlier = [record["val_top1"] for record in history[:-1]]
-    # The best goes first: interrupted in between, the epoch is repeated and both are written.
-    if history[-1]["val_top1"] > max(earlier, default=-1.0):
-        write_checkpoint(Path(config.save) / BEST, content)
-    if history[-1]["epoch"] in (config.keep_epochs or ()):
-        write_checkpoint(kept(config.save, history[-1]["epoch"]), content)
-    write_checkpoint(Path(config.save) / NEWEST, content)
+    return content | ({"unfinished": unfinished} if unfinished else {})
 
 
 def kept(folder: Path | str, epoch: int) -> Path:
@@ -209,40 +236,94 @@ def kept(folder: Path | str, epoch: int) -> Path:
     return Path(folder) / f"epoch_{epoch}.pth.tar"
 
 
-def resume(
-    config: Config, model: nn.Module, optimizer: Optimizer
-) -> tuple[list[dict[str, Any]], Mapping[str, Any] | None]:
-    """Restore the newest checkpoint of `config.save`: its history and the state of its measures.
+@dataclass
+class Resumed:
+    """Where a run goes on: nothing done yet, unless a checkpoint says otherwise.
 
-    Without one: no history, and None.
+    start: the checkpoint in words; empty without one.
+    iteration: batches done of the epoch after `history`'s last.
+    sums: state of the running sums over this process's share of them.
+    """
+
+    start: str = ""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    measures: Mapping[str, Any] | None = None
+    iteration: int = 0
+    sums: Mapping[str, Any] | None = None
+
+
+def resume(config: Config, process: Process, model: nn.Module, optimizer: Optimizer) -> Resumed:
+    """Restore the newest checkpoint of `config.save`, or the one before if it is damaged.
 
     Raises:
-        InputError: the folder holds a run with settings that compute something else.
+        InputError: both are, or the folder holds a run with settings that compute something else.
     """
-    path = Path(config.save) / NEWEST
-    if not path.exists():
-        return [], None
-    newest = read_checkpoint(path)
-    content = newest.content
+    name, problem = from_main(process, lambda: _newest_intact(Path(config.save)))
+    if name is None:
+        return Resumed()
+    checkpoint = read_checkpoint(Path(config.save) / name)
+    content = checkpoint.content
     differences = config.differences(content.get("config", {}))
     if differences:
         raise InputError(
-            f"{path} is of a run with other settings, {', '.join(differences)}:"
+            f"{checkpoint.path} is of a run with other settings, {', '.join(differences)}:"
             " continue with the same ones, or pass --save with another folder"
         )
-    load_strictly(model, newest)
+    load_strictly(model, checkpoint)
     try:
         optimizer.load_state_dict(content["optimizer"])
         _set_rng_state(content["rng"])
-        return content["history"], content["measures"]
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        resumed = Resumed("", content["history"], content["measures"])
+        if "unfinished" in content:
+            _resume_within_epoch(resumed, content["unfinished"], process)
+        resumed.start = f"{_told(resumed)} of this run, which goes on{problem}"
+        return resumed
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise InputError(
-            f"{path} was not written by a run of this repo and cannot be continued ({error!r}):"
-            " pass --save with another folder"
+            f"{checkpoint.path} was not written by a run of this repo and cannot be continued"
+            f" ({error!r}): pass --save with another folder"
         ) from error
 
 
-def _rng_state() -> dict[str, Any]:
+def _newest_intact(folder: Path) -> tuple[str | None, str]:
+    """Name of the checkpoint to go on from, None without any, and what is wrong with a newer one.
+
+    Raises:
+        InputError: there are checkpoints, and all are damaged.
+    """
+    problems = []
+    for name in (NEWEST, PREVIOUS):
+        if (folder / name).exists():
+            try:
+                read_checkpoint(folder / name)
+                return name, "".join(f"; warning: {problem}" for problem in problems)
+            except InputError as error:
+                problems.append(error)
+    if problems:
+        raise problems[0]
+    return None, ""
+
+
+def _resume_within_epoch(resumed: Resumed, unfinished: Mapping[str, Any], process: Process) -> None:
+    """Restore what each process had by itself; of another number, the main one takes all sums."""
+    resumed.iteration = unfinished["iteration"]
+    peers = unfinished["processes"]
+    if len(peers) == process.world_size:
+        own = peers[process.rank]
+        _set_rng_state(own["rng"])
+        resumed.sums = own["sums"]
+    elif process.is_main:
+        total = sum(peer["sums"]["sums"] for peer in peers)
+        resumed.sums = {**peers[0]["sums"], "sums": total}
+
+
+def _told(resumed: Resumed) -> str:
+    finished = f"epoch {resumed.history[-1]['epoch']}" if resumed.history else "the beginning"
+    further = f" and {resumed.iteration} iterations" if resumed.iteration else ""
+    return finished + further
+
+
+def rng_state() -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return {"torch": torch.get_rng_state(), "cuda": cuda}
 

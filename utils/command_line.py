@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Callable
 
-from utils.errors import InputError
+from utils.errors import InputError, PeerLost, Stopped
 
 EXIT_CODE = 2
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
 _OTHER_RANKS_WAIT_SECONDS = 10.0
 
 
@@ -48,7 +49,10 @@ def add_network_options(parser: Parser) -> None:
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Make `main` end with `error: ...` on stderr and exit code 2 on an `InputError`."""
+    """Make `main` end with `error: ...` on stderr and exit code 2 on an `InputError`.
+
+    Stopped on request it ends with code 75, without its peers with 1; both can go on.
+    """
 
     @functools.wraps(main)
     def run() -> None:
@@ -60,6 +64,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 time.sleep(_OTHER_RANKS_WAIT_SECONDS)
             print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
             sys.exit(EXIT_CODE)
+        except PeerLost as error:
+            sys.exit(f"error: {error}")
+        except Stopped:
+            sys.exit(STOPPED_EXIT_CODE)
         except KeyboardInterrupt:
             sys.exit("interrupted")
 

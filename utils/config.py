@@ -31,7 +31,8 @@ def _option(help_text: str, default: Any = dataclasses.MISSING, **metadata: Any)
     """A field with its help, its range (`choices`, `minimum`, `above`, `maximum`, `below`), and
 
     path: which of its values are file paths;
-    place: it says where things lie, so that a run may be continued with another value.
+    place: it says where things lie or how a run is kept, so that the run may be continued with
+        another value.
     """
     return field(default=default, metadata={"help": help_text, **metadata})
 
@@ -67,6 +68,12 @@ class Config:
         "train on the first so many images of each class, or none for all", None, minimum=1
     )
     val_per_class: int | None = _option("the same for validation", None, minimum=1)
+    skip_unreadable: int = _option(
+        "training images that may be unreadable, each replaced by the next one",
+        0,
+        minimum=0,
+        place=True,
+    )
     image_size: int = _option("pixels, height and width", 224, minimum=1)
     val_resize: int = _option("shorter side before the central crop", 256, minimum=1)
     crop_scale: float = _option("smallest area of a random crop", 0.08, above=0, maximum=1)
@@ -127,6 +134,12 @@ class Config:
     )
     keep_epochs: list | None = _option(  # noqa: RUF009
         "epochs, counted from 0, whose checkpoints are kept besides: [0, 9]", None, place=True
+    )
+    checkpoint_minutes: float = _option(
+        "time between checkpoints within an epoch; 0 for one after each iteration",
+        15.0,
+        minimum=0,
+        place=True,
     )
     seed: int = _option("of initialisation, order and augmentation", 0, minimum=0)
     live_measures: bool = _option("FF, C2I, saturation, CAM and SDAM in each epoch's record", True)

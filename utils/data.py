@@ -8,6 +8,9 @@ alone: the same for any number of loading workers, and, together, for any number
 """
 
 import os
+import signal
+import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -118,6 +121,7 @@ class SeededImages(Dataset):
         images: a torchvision data set giving (PIL image, label).
         transform: as `TrainTransform`; its randomness may come from torch's generator only.
         per_class: only the first so many images of each class; None takes all.
+        skip: so many images may be unreadable; each is replaced by the next one that is not.
     """
 
     def __init__(
@@ -126,19 +130,23 @@ class SeededImages(Dataset):
         transform,
         seed: int = 0,
         per_class: int | None = None,
+        skip: int = 0,
     ):
         self.images = images
         self.transform = transform
         self.seed = seed
         self.classes: list[str] = images.classes
         self.chosen = _first_of_each_class(images.targets, per_class)
+        self.skip = skip
+        # Shared with the loading workers, so that each image counts once.
+        self.unreadable = torch.zeros(len(self.chosen), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = key
-        image, label = self._decoded(self.chosen[index])
+        image, label = self._readable(index)
         # Without workers this runs in the training process, whose generator must not move.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
@@ -148,6 +156,28 @@ class SeededImages(Dataset):
         """Images of epoch 0 as the network takes them, (n, 3, S, S), and their labels (n,)."""
         pixels, shifts, labels = default_collate([self[0, index] for index in indices])
         return network_input(pixels, shifts), labels
+
+    def _readable(self, index: int) -> tuple[Image.Image, int]:
+        """Image `index` or, within what `skip` allows, the next one that can be read."""
+        while True:
+            try:
+                return self._decoded(self.chosen[index])
+            except InputError as error:
+                if self.skip == 0:
+                    raise
+                self._count_unreadable(index, error)
+            index = (index + 1) % len(self)
+
+    def _count_unreadable(self, index: int, error: InputError) -> None:
+        if self.unreadable[index]:
+            return
+        self.unreadable[index] = True
+        count = int(self.unreadable.sum())
+        if count > self.skip:
+            raise InputError(
+                f"{count} images are unreadable and skip_unreadable is {self.skip}: {error}"
+            )
+        print(f"warning: {error}; replaced, {count} of {self.skip}", file=sys.stderr, flush=True)
 
     def _decoded(self, index: int) -> tuple[Image.Image, int]:
         try:
@@ -177,7 +207,8 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
 
     The shares of all processes, in rank order, are the batch one process alone would see.  The
     last batch keeps what is left over, as released; when that is less than one image for each
-    process it is left out.  Set `epoch` before each iteration.
+    process it is left out.  Set `epoch` before each iteration, and `first` to skip what a run that
+    goes on within the epoch has had: the order is drawn anew, so its position is that one number.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int):
@@ -187,17 +218,22 @@ class TrainBatches(Sampler[list[tuple[int, int]]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.first = 0
 
     def __len__(self) -> int:
+        """Batches of a whole epoch."""
         whole, rest = divmod(self.length, self.batch_size)
         return whole + (rest >= self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=generator)
-        for batch in order.split(self.batch_size)[: len(self)]:
+        for batch in self.whole_batches()[self.first : len(self)]:
             share = batch.tensor_split(self.world_size)[self.rank]
             yield [(self.epoch, index) for index in share.tolist()]
+
+    def whole_batches(self) -> tuple[torch.Tensor, ...]:
+        """The epoch's batches over all processes: image indices, `batch_size` in each."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        return torch.randperm(self.length, generator=generator).split(self.batch_size)
 
 
 def val_batches(length: int, batch_size: int, rank: int, world_size: int):
@@ -217,6 +253,7 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
         TrainTransform(config),
         config.seed,
         config.train_per_class,
+        config.skip_unreadable,
     )
     val = open_val_images(config, process)
     if train.classes != val.classes:
@@ -346,10 +383,30 @@ def _loader(images: SeededImages, batches, config: Config, process: Process) -> 
         num_workers=workers,
         pin_memory=process.device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=answer_parent_alone,
         # Its own generator: the loader's seed for its workers is drawn, and nothing here uses it.
         generator=torch.Generator(),
     )
     return DeviceBatches(loader, process.device)
+
+
+def answer_parent_alone(worker: int) -> None:
+    """Let a loading worker live as long as its training process, which is the one to get signals.
+
+    A scheduler sends SIGTERM to all processes; a worker must still load the batch that the training
+    process finishes before it leaves.  From that process itself, SIGTERM ends the worker.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere than on Linux SIGTERM ends workers as well
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 def _usable_cores() -> int:

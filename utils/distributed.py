@@ -1,9 +1,10 @@
 """One process or several: who this process is, and the few collective operations training needs."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import InputError
+from utils.errors import InputError, PeerLost
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,12 @@ class Process:
 
 @contextmanager
 def training_process() -> Iterator[Process]:
-    """Join the processes that torchrun started (or stand alone), and leave them at the end."""
+    """Join the processes that torchrun started (or stand alone), and leave them at the end.
+
+    Raises:
+        InputError: more processes than GPUs.
+        PeerLost: one of the others ended while this one waited for it.
+    """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -45,9 +53,18 @@ def training_process() -> Iterator[Process]:
     else:
         device = torch.device("cpu")
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Tensors on the GPU travel by nccl; what the CPU has to decide does not wait for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Process(rank, local_rank, world_size, device)
+    except RuntimeError as error:
+        # gloo raises plain RuntimeErrors that name its source files.
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise PeerLost(
+                f"process {rank} lost the others: start all again with the same command,"
+                " which goes on from the last checkpoint"
+            ) from error
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -73,6 +90,43 @@ def sum_over_processes(value: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(value)
     return value
+
+
+def any_process(*flags: bool) -> list[bool]:
+    """For each flag, whether it is set on any process."""
+    if not dist.is_initialized():
+        return list(flags)
+    return [
+        count > 0 for count in sum_over_processes(torch.tensor(flags, dtype=torch.int)).tolist()
+    ]
+
+
+def gather(process: Process, value: Any) -> list[Any]:
+    """The values of all processes in rank order, on the main one; elsewhere an empty list."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * process.world_size if process.is_main else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def from_main(process: Process, compute: Callable[[], T]) -> T:
+    """What `compute` returns on the main process, the only one to call it, on every process.
+
+    Raises:
+        InputError: `compute` raised it; on every process.
+    """
+    answer: list[Any] = [None, None]
+    if process.is_main:
+        try:
+            answer[0] = compute()
+        except InputError as error:
+            answer[1] = str(error)
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise InputError(answer[1])
+    return answer[0]
 
 
 def broadcast_buffers(model: nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from utils.distributed import reduces_gradients, share_weight, sum_over_processes
@@ -14,12 +16,27 @@ from utils.losses import batch_loss, in_full_precision
 from utils.precision import autocast
 
 
-class Meter:
-    """Loss, top-1 and top-5 over the images seen, summed on the device without waiting for it."""
+class NotFinite(ArithmeticError):
+    """The loss or the gradient of a batch is not finite; the weights have not seen it."""
 
-    def __init__(self, device: torch.device):
+
+class Meter:
+    """Loss, top-1 and top-5 over the images seen, summed on the device without waiting for it.
+
+    Args:
+        state: of an earlier `state_dict`, whose sums and time go on.
+    """
+
+    def __init__(self, device: torch.device, state: Mapping[str, Any] | None = None):
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)
         self.started = time.perf_counter()
+        if state:
+            self.sums += state["sums"].to(device)
+            self.started -= state["seconds"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """sums (5,) of this process, and seconds since the start."""
+        return {"sums": self.sums.cpu(), "seconds": time.perf_counter() - self.started}
 
     @torch.no_grad()
     def update(self, losses: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -73,6 +90,7 @@ def train_one_epoch(
     accumulate: int = 1,
     progress: Progress = without_progress,
     after_step: Callable[[], None] | None = None,
+    meter: Meter | None = None,
 ) -> dict[str, float]:
     """Update `model` once per batch and return the epoch's results over all processes.
 
@@ -81,10 +99,14 @@ def train_one_epoch(
         teacher: gives the soft targets; None trains on the labels.
         batches: this process's share of each batch, (n, 3, H, W) images and (n,) labels.
         accumulate: parts that a batch is computed in one after the other.
-        after_step: called after each update of the weights.
+        after_step: called after each update of the weights, once the meter has it.
+        meter: of the batches of this epoch that were trained on before.
+
+    Raises:
+        NotFinite: before such a loss or gradient reaches the weights.
     """
     model.train()
-    meter = Meter(device)
+    meter = meter or Meter(device)
     for images, labels in progress(batches, meter):
         optimizer.zero_grad()
         weight = share_weight(len(labels), device) / len(labels)
@@ -96,10 +118,22 @@ def train_one_epoch(
                     loss = batch_loss(logits, part, its_labels, teacher, label_smoothing)
                 (loss * weight * len(its_labels)).backward()
             meter.update(loss, logits, its_labels)
+        refuse_not_finite(loss, model)
         optimizer.step()
         if after_step:
             after_step()
     return meter.reduce().results()
+
+
+@torch.no_grad()
+def refuse_not_finite(loss: Tensor, model: nn.Module) -> None:
+    """Raise NotFinite unless the loss and every gradient of `model` are finite."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    largest = get_total_norm(gradients, norm_type=math.inf)
+    values = torch.stack([loss.float(), largest]).tolist()
+    for name, value in zip(("loss", "gradient"), values, strict=True):
+        if not math.isfinite(value):
+            raise NotFinite(f"the {name} is {value}")
 
 
 def validate(

@@ -3,14 +3,26 @@
 One process per visible GPU through torchrun; one plain process on a CPU or a single GPU.
 NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT override, torchrun's own PET_*
 variables stand above them, and under SLURM the nodes of the job are used.
+
+When one of several processes dies, all are started again, PET_MAX_RESTARTS times (3), and go on
+from the last checkpoint.  Signals are passed on to every process, which have
+PET_SHUTDOWN_TIMEOUT seconds (300) to save and leave; the exit code is then 75.
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+
+RESTARTS = "3"
+DEFAULTS = {
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "PET_SHUTDOWN_TIMEOUT": "300",
+}
+STOPPED = 75
+FINAL = (2, STOPPED)  # the user's mistake, which a restart would repeat, and a request to stop
 
 
 def torchrun_settings(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
@@ -47,17 +59,33 @@ def main() -> None:
     settings = torchrun_settings(os.environ, torch.cuda.device_count())
     if settings["PET_NPROC_PER_NODE"] == "1" and "PET_NNODES" not in settings:
         os.execv(sys.executable, [sys.executable, *script_and_options])
-    os.environ.update(settings)
+    restarts = settings.pop("PET_MAX_RESTARTS", RESTARTS)
+    if not restarts.isdecimal():
+        sys.exit(f"error: PET_MAX_RESTARTS must be a whole number, not {restarts!r}")
+    # torchrun's own restarts would also repeat what ended for good.
+    os.environ.update(DEFAULTS | settings | {"PET_MAX_RESTARTS": "0"})
+    for left in reversed(range(int(restarts) + 1)):
+        code = run_once(script_and_options)
+        if code == 0 or code in FINAL or left == 0:
+            sys.exit(code)
+        print(f"a process ended with code {code}: all start again, {left} more times", flush=True)
 
+
+def run_once(script_and_options: Sequence[str]) -> int:
+    """Run all processes to their end; 0, or the exit code of the first one that failed."""
     # Imported late: torchrun reads the environment on import.
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
     try:
         run(parse_args(script_and_options))
+        return 0
+    except SignalException:
+        return STOPPED
     except ChildFailedError as error:
         # The process has already said what was wrong; torchrun's traceback would bury it.
-        sys.exit(error.get_first_failure()[1].exitcode)
+        return error.get_first_failure()[1].exitcode
 
 
 if __name__ == "__main__":

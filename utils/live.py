@@ -24,7 +24,7 @@ class LiveMeasures:
     Args:
         model: with the weights the run starts or goes on from, on its device.
         images: a fixed batch for saturation, (N, 3, H, W) on the same device.
-        state: of an earlier `state_dict`, whose initial signs C2I is counted against.
+        state: of an earlier `state_dict`, whose counts go on; C2I is against its initial signs.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, state: Mapping[str, Any] | None = None):
@@ -33,6 +33,10 @@ class LiveMeasures:
         self.previous = measures.signs(measures.latent_weights(model))
         self.initial = _unpacked(state["initial_signs"], self.previous) if state else self.previous
         self._reset()
+        if state and "flips" in state:
+            self.iterations = state["iterations"]
+            for name, flips in state["flips"].items():
+                self.flips[name] += flips.to(images.device)
 
     def _reset(self) -> None:
         device = self.images.device
@@ -83,9 +87,15 @@ class LiveMeasures:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """The initial signs, 1 bit each."""
-        packed = {name: pack_bits(sign.cpu()) for name, sign in self.initial.items()}
-        return {"initial_signs": packed}
+        """The initial signs, 1 bit each, and the flips since the epoch began.
+
+        The signs to compare the next step with are those of the weights saved beside it.
+        """
+        return {
+            "initial_signs": {name: pack_bits(sign.cpu()) for name, sign in self.initial.items()},
+            "iterations": self.iterations,
+            "flips": {name: flips.cpu() for name, flips in self.flips.items()},
+        }
 
 
 class NoMeasures:

@@ -1,5 +1,6 @@
 """What a run leaves behind in its folder: log, curves, one JSON line per epoch, configuration."""
 
+import contextlib
 import json
 import logging
 import operator
@@ -36,8 +37,11 @@ class RunLog:
     tensorboard/    scalars
     """
 
-    def __init__(self, config: Config, process: Process, first_epoch: int):
-        """Open the folder, creating it; scalars from `first_epoch` on replace older ones.
+    def __init__(self, config: Config, process: Process, history: list[dict[str, Any]]):
+        """Open the folder, creating it, and make its records and scalars those of `history`.
+
+        What an earlier process wrote of later epochs is replaced, and what it had not come to write
+        of the last one is added.
 
         Raises:
             InputError: the folder cannot be created or written.
@@ -61,18 +65,26 @@ class RunLog:
         self._logger.addHandler(self._file)
         self._logger.addHandler(logging.StreamHandler(sys.stdout))
         write_whole(self.folder / "config.yaml", lambda file: file.write(as_yaml(config).encode()))
-        self._curves = SummaryWriter(self.folder / "tensorboard", purge_step=first_epoch)
+        # A full disk is met again, and told, where a checkpoint or a record cannot be written.
+        logging.raiseExceptions = False
+        self._curves = SummaryWriter(
+            self.folder / "tensorboard", purge_step=max(len(history) - 1, 0)
+        )
+        if history:
+            self._record(history)
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *exception) -> None:
         if self.is_main:
-            self._curves.close()
+            with contextlib.suppress(OSError):
+                self._curves.close()
             for handler in list(self._logger.handlers):
                 self._logger.removeHandler(handler)
                 if handler is self._file:
-                    handler.close()
+                    with contextlib.suppress(OSError):
+                        handler.close()
 
     def line(self, text: str) -> None:
         self._logger.info(text)
@@ -91,20 +103,30 @@ class RunLog:
         self.line(f"weights start from {start}")
 
     def closing(self, history: list[dict[str, Any]]) -> None:
-        """The best epoch and where its weights are."""
+        """The best epoch and where its weights are.
+
+        Raises:
+            InputError: the records could not be written, and still cannot.
+        """
+        if self.is_main:
+            self._record_lines(history)
         best = max(history, key=lambda record: record["val_top1"])
         self.line(
             f"finished: best val top-1 {best['val_top1']:.2f} % at epoch {best['epoch']},"
             f" {self.folder / BEST}"
         )
 
-    def progress(self, title: str):
-        """A `Progress` for the engine: a bar on a terminal, a line every 100 batches elsewhere."""
+    def progress(self, title: str, first: int = 0):
+        """A `Progress` for the engine: a bar on a terminal, a line every 100 batches elsewhere.
+
+        Args:
+            first: batches done before, by a run that goes on.
+        """
 
         def track(batches: Iterable, meter: Meter) -> Iterator:
             shows_bar = self.is_main and sys.stderr.isatty()
-            bar = tqdm(batches, title, leave=False, disable=not shows_bar)
-            for done, batch in enumerate(bar, start=1):
+            bar = tqdm(batches, title, initial=first, leave=False, disable=not shows_bar)
+            for done, batch in enumerate(bar, start=first + 1):
                 yield batch
                 if self.is_main and done % LINE_EVERY == 0:
                     now = meter.results()
@@ -132,8 +154,18 @@ class RunLog:
                 f"epoch {record['epoch']}: FF ratio {record['ff_ratio']:.3e},"
                 f" C2I ratio {record['c2i_ratio']:.4f}"
             )
-        self._add_curves("", record, record["epoch"])
+        try:
+            self._record(history)
+        except (InputError, OSError) as error:
+            self.line(f"warning: {error}; training goes on, the next epoch's record tries again")
+
+    def _record(self, history: list[dict[str, Any]]) -> None:
+        """The last record as scalars and histograms, all of them as lines."""
+        self._record_lines(history)
+        self._add_curves("", history[-1], history[-1]["epoch"])
         self._curves.flush()
+
+    def _record_lines(self, history: list[dict[str, Any]]) -> None:
         lines = "".join(json.dumps(record) + "\n" for record in history)
         write_whole(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
