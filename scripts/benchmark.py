@@ -1,11 +1,17 @@
-"""What an option costs: both sides in turn in one process, medians of interleaved rounds.
+"""What the code costs: both sides in turn in one process, medians of interleaved rounds.
 
-    python scripts/benchmark.py measures [--model reactnet_a] [--image_size 224] [--batch_size 8]
+    python scripts/benchmark.py measures       a training step with and without the live measures
+    python scripts/benchmark.py step           a training step against the composed one
+    python scripts/benchmark.py evaluation     a forward pass against the composed one
+    python scripts/benchmark.py loader         loading one image against the released transforms
 
-measures    a training step with and without the live measures of signs
+`composed` is the same computation from elementary operations (tests/composed.py), in float32, eager
+and NCHW; the other side takes --precision, --compile and --channels_last.  `step --split` tells
+how long teacher, forward, backward and optimizer take, one after the other.
 """
 
 import argparse
+import io
 import json
 import platform
 import statistics
@@ -16,76 +22,272 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
+import torchvision
+from PIL import Image
+from torch import Tensor
 
 from models import build_model
+from tests import composed
 from utils.command_line import Parser, command
+from utils.config import parse_config
+from utils.data import TrainTransform
 from utils.engine import train_one_epoch
 from utils.live import LiveMeasures
+from utils.losses import batch_loss
 from utils.optim import build_optimizer
+from utils.precision import PRECISIONS, autocast, compiled, place, set_precision
+
+Sides = dict[str, Callable[[], None]]
+STEP2 = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("measures",))
+    parser.add_argument("what", choices=BENCHMARKS)
     parser.add_argument("--model", default="reactnet_a")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--channels_last", action="store_true")
+    parser.add_argument("--teacher", action="store_true", help="a torchvision ResNet-34, in `step`")
+    parser.add_argument("--split", action="store_true", help="time the parts of `step`")
+    parser.add_argument("--json", type=Path, help="write everything to this file as well")
     return parser.parse_args()
 
 
 @command
 def main() -> None:
     arguments = parse()
-    sides = step_with_and_without_measures(arguments)
+    sides, notes = BENCHMARKS[arguments.what](arguments)
     seconds = interleaved(sides, arguments.rounds)
-    report(seconds, arguments)
+    report(seconds, notes, arguments)
 
 
-def step_with_and_without_measures(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_of_this_machine() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def random_batch(arguments: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor]:
+    size = arguments.image_size
+    images = torch.randn(arguments.batch_size, 3, size, size, device=device)
+    return images, torch.arange(arguments.batch_size, device=device)
+
+
+def step_with_and_without_measures(arguments: argparse.Namespace) -> tuple[Sides, dict]:
+    device = device_of_this_machine()
     torch.manual_seed(0)
     model = build_model(arguments.model).to(device)
-    size = arguments.image_size
-    images = torch.randn(arguments.batch_size, 3, size, size)
-    batch = [(images, torch.arange(arguments.batch_size))]
+    batch = random_batch(arguments, device)
     optimizer = build_optimizer(model, 1e-3, 0.0)
-    live = LiveMeasures(model, images[:1].to(device))
+    live = LiveMeasures(model, batch[0][:1])
 
     def step(after_step: Callable[[], None] | None) -> Callable[[], None]:
-        return lambda: train_one_epoch(model, None, batch, optimizer, device, after_step=after_step)
+        return lambda: train_one_epoch(
+            model, None, [batch], optimizer, device, after_step=after_step
+        )
 
-    return {"without": step(None), "with": step(live.after_step)}
+    return {"without": step(None), "with": step(live.after_step)}, {}
 
 
-def interleaved(sides: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round, after one round to warm up; results are waited for."""
+class Side:
+    """A network, its teacher and its optimizer, as one side of a comparison."""
+
+    def __init__(self, arguments: argparse.Namespace, is_composed: bool):
+        torch.manual_seed(0)
+        self.device = device_of_this_machine()
+        self.precision = "float32" if is_composed else arguments.precision
+        channels_last = arguments.channels_last and not is_composed
+        compiles = arguments.compile and not is_composed
+        model = build_model(arguments.model, latent_init="symmetric")
+        if is_composed:
+            model = composed.composed(model)
+        place(model, self.device, channels_last)
+        options = {"fused": False} if is_composed else None
+        self.optimizer = build_optimizer(model, 1e-3, 0.0, options=options)
+        self.model = compiled(model, compiles)
+        self.teacher = None
+        if arguments.teacher:
+            teacher = torchvision.models.resnet34().eval().requires_grad_(False)
+            self.teacher = compiled(place(teacher, self.device, channels_last), compiles)
+        self.batch = random_batch(arguments, self.device)
+
+    def step(self) -> None:
+        train_one_epoch(
+            self.model,
+            self.teacher,
+            [self.batch],
+            self.optimizer,
+            self.device,
+            precision=self.precision,
+        )
+        wait_for(self.device)
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        self.model.eval()
+        with autocast(self.device, self.precision):
+            self.model(self.batch[0])
+        wait_for(self.device)
+
+    def saved_bytes(self) -> float:
+        """MiB per image that a forward pass keeps for the backward pass, parameters apart."""
+        own = {parameter.data_ptr() for parameter in self.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)
+            return tensor
+
+        held: list[Tensor] = []  # so that no address is used twice
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.model.train()
+            with autocast(self.device, self.precision):
+                self.model(self.batch[0])
+        return sum(kept.values()) / len(self.batch[0]) / 2**20
+
+    def split(self) -> dict[str, float]:
+        """Seconds of each part of one step."""
+        times = {}
+
+        def timed(name: str, run: Callable):
+            wait_for(self.device)
+            started = time.perf_counter()
+            result = run()
+            wait_for(self.device)
+            times[name] = time.perf_counter() - started
+            return result
+
+        images, labels = self.batch
+        self.model.train()
+        with autocast(self.device, self.precision):
+            if self.teacher is not None:
+                with torch.no_grad():
+                    timed("teacher", lambda: self.teacher(images))
+            logits = timed("forward", lambda: self.model(images))
+            loss = batch_loss(logits, images, labels, None, 0.0)
+        timed("backward", loss.backward)
+        timed("optimizer", self.optimizer.step)
+        return times
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def against_composed(arguments: argparse.Namespace, run: Callable) -> tuple[Sides, dict]:
+    set_precision(arguments.precision)
+    sides = {"composed": Side(arguments, True), "ours": Side(arguments, False)}
+    notes = {"saved for backward, MiB/image": {n: side.saved_bytes() for n, side in sides.items()}}
+    if sides["ours"].device.type == "cuda":
+        notes["peak memory, MiB"] = {name: peak_memory(side, run) for name, side in sides.items()}
+    if arguments.split:
+        for side in sides.values():
+            side.split()  # compiles
+        splits = {name: side.split() for name, side in sides.items()}
+        for part in splits["ours"]:
+            notes[f"{part}, s"] = {name: split[part] for name, split in splits.items()}
+    return {name: lambda side=side: run(side) for name, side in sides.items()}, notes
+
+
+def peak_memory(side: Side, run: Callable) -> float:
+    run(side)
+    torch.cuda.reset_peak_memory_stats()
+    run(side)
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def step_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
+    return against_composed(arguments, Side.step)
+
+
+def evaluation_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
+    return against_composed(arguments, Side.evaluate)
+
+
+def loader_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
+    """JPEGs of about ImageNet's size, made here; one process, no workers."""
+    config = parse_config(STEP2, ["--image_size", str(arguments.image_size)])
+    files = [imagenet_sized_jpeg(seed) for seed in range(arguments.batch_size)]
+    ours = TrainTransform(config)
+    theirs = composed.train_transform(config.image_size, config.crop_scale)
+
+    def load(transform: Callable) -> Callable[[], None]:
+        def run() -> None:
+            torch.manual_seed(0)  # the same crops on both sides
+            for file in files:
+                transform(Image.open(io.BytesIO(file)).convert("RGB"))
+
+        return run
+
+    mean = sum(map(len, files)) / len(files) / 1e3
+    return {"composed": load(theirs), "ours": load(ours)}, {"mean file, KB": {"both": mean}}
+
+
+def imagenet_sized_jpeg(seed: int) -> bytes:
+    """500 x 375 pixels of clouds and grain, around 100 KB as ImageNet's files are."""
+    random = np.random.default_rng(seed)
+    clouds = Image.fromarray(random.integers(0, 255, (47, 63, 3), dtype=np.uint8))
+    pixels = np.array(clouds.resize((500, 375), Image.Resampling.BICUBIC))
+    pixels = pixels + random.normal(0, 9, pixels.shape)
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+def interleaved(sides: Sides, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round, after two rounds to warm up and compile."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for round_number in range(rounds + 1):
+    for round_number in range(-2, rounds):
         for name, run in sides.items():
             started = time.perf_counter()
             run()
-            if round_number:
+            if round_number >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
-def report(seconds: dict[str, list[float]], arguments: argparse.Namespace) -> None:
+def report(
+    seconds: dict[str, list[float]], notes: dict[str, dict], arguments: argparse.Namespace
+) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = medians["with"] / medians["without"]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    if arguments.json:
-        settings = vars(arguments) | {"torch": torch.__version__, "device": device}
-        print(json.dumps({"settings": settings, "seconds": seconds, "ratio": ratio}))
-        return
+    before, after = medians.values()
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     for name, values in seconds.items():
+        rate = arguments.batch_size / medians[name]
         print(
-            f"{name:8} median {medians[name]:.3f} s,"
+            f"{name:9} median {medians[name]:.3f} s, {rate:.1f} images/s,"
             f" {min(values):.3f} to {max(values):.3f} s in {len(values)} rounds"
         )
-    print(f"overhead {100 * (ratio - 1):+.2f} %")
+    for note, values in notes.items():
+        print(f"{note}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
+    if arguments.what == "measures":
+        print(f"overhead {100 * (after / before - 1):+.2f} %")
+    else:
+        print(f"{before / after:.2f} times as fast as composed")
+    if arguments.json:
+        settings = {name: str(value) for name, value in vars(arguments).items()}
+        settings |= {"torch": torch.__version__, "device": device}
+        settings |= {"threads": torch.get_num_threads()}
+        content = {"settings": settings, "seconds": seconds, "notes": notes}
+        content["ratio"] = before / after
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+BENCHMARKS = {
+    "measures": step_with_and_without_measures,
+    "step": step_against_composed,
+    "evaluation": evaluation_against_composed,
+    "loader": loader_against_composed,
+}
 
 
 if __name__ == "__main__":

@@ -127,19 +127,22 @@ def bars(axes: Axes, table: Table, column: str, title: str) -> None:
 
 def draw_table1(table: Table) -> Figure:
     results_table(table, {"ff_ratio": ".2e", "c2i_ratio": ".4f", "top1": ".2f"})
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5.5), layout="constrained")
     titles = {"measured": "here", "published": "published (ImageNet)"}
+    colours = {run: f"C{place}" for place, run in enumerate(table.distinct("run"))}
     for axes, (source, title) in zip(panels, titles.items(), strict=True):
         rows = table.where(source=source)
         for run in rows.distinct("run"):
             if run.startswith("step 1"):
                 continue
-            x, y = rows.where(run=run).mean("ff_ratio"), rows.where(run=run).mean("c2i_ratio")
-            axes.scatter(x, y, color="tab:red" if run.startswith("two") else "tab:blue")
-            label = f"{run}: {rows.where(run=run).mean('top1'):.2f} %"
-            axes.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+            found = rows.where(run=run)
+            marker = "s" if run.startswith("two-step") else "o"
+            label = f"{run}: {found.mean('top1'):.2f} %"
+            point = found.mean("ff_ratio"), found.mean("c2i_ratio")
+            axes.scatter(*point, s=60, color=colours[run], marker=marker, label=label)
         axes.set(xscale="log", xlabel="FF ratio", ylabel="C2I ratio", title=title)
-        axes.margins(x=0.35, y=0.1)
+        axes.margins(0.1)
+        axes.legend(title="run (weight decay): top-1", fontsize=8, title_fontsize=8)
     return figure
 
 
@@ -153,7 +156,7 @@ def draw_accuracies(table: Table) -> Figure:
     if published.rows:
         bars(panels[0, 1], published, "top1", "published (ImageNet)")
         if len(published.rows) == 1:
-            panels[0, 1].set_xlim(left=0)
+            panels[0, 1].set(xlim=(0, None), ylim=(-3, 3))
     return figure
 
 
@@ -161,7 +164,8 @@ def draw_surfaces(table: Table) -> Figure:
     runs = table.distinct("run")
     seed = table.distinct("seed")[0]
     low = table.numbers("loss").min()
-    high = np.quantile(table.numbers("loss"), 0.95)  # the far corners would flatten the rest
+    # Far corners would flatten the rest: the scale ends within the surface that is lower there.
+    high = min(np.quantile(table.where(run=run).numbers("loss"), 0.95) for run in runs)
     figure = plt.figure(figsize=(11, 9), layout="constrained")
     summary = [["", "loss at the centre", "at distance 0.5", "at the corners"]]
     for place, run in enumerate(runs):
@@ -174,7 +178,8 @@ def draw_surfaces(table: Table) -> Figure:
         first, second = np.meshgrid(points, points, indexing="ij")
         axes = figure.add_subplot(2, len(runs), place + 1, projection="3d")
         axes.plot_surface(first, second, loss.clip(max=high), rstride=1, cstride=1, **colours)
-        axes.set(title=run, zlim=(low, high), zlabel="loss")
+        ticks = (-1, 0, 1)
+        axes.set(title=run, zlim=(low, high), zlabel="loss", xticks=ticks, yticks=ticks)
         axes = figure.add_subplot(2, len(runs), len(runs) + place + 1)
         levels = np.linspace(low, high, 25)
         shades = axes.contourf(first, second, loss, levels, extend="both", **colours)
@@ -246,14 +251,14 @@ def kernel_drawing(column: str, label: str) -> Callable[[Table], Figure]:
     def draw(table: Table) -> Figure:
         ours, paper = table.where(source="measured"), table.where(source="published")
         smallest = ours.where(run="Adam").numbers(column).min()
-        figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+        figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
         summary = [["", f"smallest {label}", "standard deviation", "below Adam's smallest"]]
         for axes, run in zip(panels, ("SGD", "Adam"), strict=True):
             values = ours.where(run=run).numbers(column)
             below = (values < smallest).mean()
             axes.bar(range(len(values)), values, color=COLOURS[run])
             axes.axhline(smallest, color="black", linewidth=0.8, linestyle="--")
-            axes.set(title=run, xlabel="kernel", ylabel=label, yscale="log")
+            axes.set(title=run, xlabel="kernel", ylabel=label)
             numbers = [f"{values.min():.3g}", f"{values.std():.3e}", f"{below:.1%}"]
             summary.append([run, *numbers])
         for row in paper.rows:

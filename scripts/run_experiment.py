@@ -332,13 +332,11 @@ def load_run(run: Run, path: Path) -> LoadedNetwork:
 def spread(images: SeededImages, count: int, config: Config, process: Process) -> list[Batch]:
     """`count` images at even distances through the data set, in batches on the device."""
     count = min(count, len(images))
-    items = [images[0, index * len(images) // count] for index in range(count)]
+    indices = [index * len(images) // count for index in range(count)]
     batches = []
     for start in range(0, count, config.batch_size):
-        chunk, labels = zip(*items[start : start + config.batch_size], strict=True)
-        batches.append(
-            (torch.stack(chunk).to(process.device), torch.tensor(labels, device=process.device))
-        )
+        pixels, labels = images.batch(indices[start : start + config.batch_size])
+        batches.append((pixels.to(process.device), labels.to(process.device)))
     return batches
 
 

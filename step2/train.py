@@ -24,6 +24,7 @@ from utils.errors import InputError
 from utils.keeping import Keeper, run_folder
 from utils.live import live_measures
 from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
+from utils.precision import compiled, place, set_precision
 from utils.runlog import RunLog, epoch_record
 
 
@@ -41,9 +42,10 @@ def train(config: Config, process: Process) -> None:
     val_batches = val_loader(val_images, config, process)
     classes = len(train_images.classes)
 
+    set_precision(config.precision)
     torch.manual_seed(config.seed)
     student = build_model(config.model, num_classes=classes, **config.network_options())
-    student.to(device)
+    place(student, device, config.channels_last)
     optimizer = build_optimizer(
         student,
         config.learning_rate,
@@ -66,7 +68,9 @@ def train(config: Config, process: Process) -> None:
         config.teacher, config.teacher_checkpoint, classes, config.image_size, device
     )
     measures = live_measures(config, process, student, val_images, resumed.measures)
-    model = distribute(student, process, config.sync_bn)
+    teacher = compiled(place(teacher, device, config.channels_last), config.compile)
+    network = compiled(student, config.compile)
+    model = distribute(network, process, config.sync_bn)
     with (
         RunLog(config, process, history) as log,
         Keeper(config, process, log, student, optimizer, measures, resumed) as keeper,
@@ -83,13 +87,15 @@ def train(config: Config, process: Process) -> None:
                 optimizer,
                 device,
                 config.label_smoothing,
+                config.precision,
+                config.accumulate,
                 log.progress(f"epoch {epoch} train", keeper.iteration),
                 keeper.after_step,
                 keeper.meter,
             )
             broadcast_buffers(student)
             validated = engine.validate(
-                student, val_batches, device, log.progress(f"epoch {epoch} val")
+                network, val_batches, device, config.precision, log.progress(f"epoch {epoch} val")
             )
             history.append(epoch_record(epoch, rate, trained, validated, measures.epoch()))
             keeper.save_epoch()

@@ -3,20 +3,31 @@
 from dataclasses import replace
 from pathlib import Path
 
+import composed
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, TRAIN, VAL, write_images
 from PIL import Image
+from torchvision import transforms
 
 from utils import data
 from utils.command_line import one_sentence
 from utils.config import parse_config
-from utils.data import Lighting, SeededImages, TrainBatches, open_images, train_loader, val_loader
+from utils.data import (
+    Lighting,
+    SeededImages,
+    TrainBatches,
+    network_input,
+    open_images,
+    train_loader,
+    val_loader,
+)
 from utils.distributed import Process
 from utils.errors import InputError
 from utils.shapes import SHAPES, SIZE, draw_shape, write_shapes
 
+LIGHTING_SCALES = {"released": 1.0, "textbook": 255.0}
 STEP1 = Path(__file__).parents[1] / "step1" / "config.yaml"
 
 
@@ -30,49 +41,59 @@ def config(image_folder):
     return parse_config(STEP1, ["--data", str(image_folder), *small])
 
 
-def grey(value: int) -> Image.Image:
-    return Image.fromarray(np.full((4, 4, 3), value, np.uint8))
+def drawn(lighting: Lighting, count: int = 500) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.stack([lighting() for _ in range(count)])
 
 
 def test_released_lighting_changes_a_channel_by_0_or_minus_1_with_the_increments_sign():
     torch.manual_seed(0)
-    increments = (torch.randn(200, 3).double() * 0.1 * Lighting.EIGENVALUES) @ (
-        Lighting.EIGENVECTORS.T
-    )
-    torch.manual_seed(0)
-    alphas = torch.randn(200, 3).double()
-    lighting = Lighting()
-    for alpha, increment in zip(alphas, increments, strict=True):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn", lambda *_, alpha=alpha, **__: alpha)
-            changed, black = lighting(grey(128)), lighting(grey(0))
-        expected = [127 if channel < 0 else 128 for channel in increment]
-        assert changed.getpixel((0, 0)) == tuple(expected)
-        assert black.getpixel((0, 0)) == (0, 0, 0)
+    alphas = [torch.randn(3, dtype=torch.float64) * 0.1 for _ in range(500)]
+    increments = torch.stack(alphas) * Lighting.EIGENVALUES @ Lighting.EIGENVECTORS.T
+    shifts = drawn(Lighting())
+    assert torch.equal(shifts, torch.where(increments < 0, -1, 0).to(torch.int16))
+    assert set(shifts.unique().tolist()) == {-1, 0}
 
 
 def test_textbook_lighting_has_the_published_standard_deviation():
-    torch.manual_seed(0)
-    lighting = Lighting(scale=255.0)
-    red = [lighting(grey(128)).getpixel((0, 0))[0] for _ in range(2000)]
-    vectors, values = Lighting.EIGENVECTORS, Lighting.EIGENVALUES
-    expected = 255 * 0.1 * (vectors[0] * values).norm().item()
-    assert abs(np.std(red) - expected) < 0.15
+    red = drawn(Lighting(scale=255.0), 4000)[:, 0].double()
+    expected = 25.5 * (Lighting.EIGENVECTORS[0] * Lighting.EIGENVALUES).norm().item()
+    assert abs(red.std().item() - expected) < 0.15
 
 
-def test_training_transform_has_the_released_order_and_lighting_is_an_option(config):
-    names = [type(t).__name__ for t in data.train_transform(config).transforms]
-    assert names == [
-        "RandomResizedCrop", "Lighting", "RandomHorizontalFlip", "ToTensor", "Normalize",
-    ]  # fmt: skip
-    without = data.train_transform(replace(config, lighting="none")).transforms
-    assert len(without) == 4
+@pytest.mark.parametrize("lighting", ["released", "textbook"])
+def test_what_the_network_sees_is_what_the_released_order_of_transforms_gives(config, lighting):
+    config = replace(config, lighting=lighting)
+    transform = data.TrainTransform(config)
+    scale = LIGHTING_SCALES[lighting]
+    whole = composed.train_transform(config.image_size, config.crop_scale, scale)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 40, 3), np.uint8)
+    pixels[0], pixels[1] = 0, 255
+    for seed, image in enumerate(map(Image.fromarray, pixels)):
+        torch.manual_seed(seed)
+        ours = network_input(*(part[None] for part in transform(image)))[0]
+        torch.manual_seed(seed)
+        assert torch.equal(ours, whole(image))
 
 
-def test_default_validation_transform_is_resize_256_crop_224():
-    config = parse_config(STEP1, [])
-    resize, crop, *_ = data.val_transform(config).transforms
-    assert (resize.size, crop.size) == (256, (224, 224))
+def test_without_lighting_bytes_stay_as_they_are(config):
+    assert data.TrainTransform(replace(config, lighting="none")).lighting().tolist() == [0, 0, 0]
+
+
+def test_default_validation_is_resize_256_crop_224_and_no_noise():
+    transform = data.ValTransform(parse_config(STEP1, []))
+    assert (transform.resize.size, transform.crop.size) == (256, (224, 224))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
+    whole = transforms.Compose(
+        [
+            transforms.Resize(256),
+            transforms.CenterCrop(224),
+            transforms.ToTensor(),
+            transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
+        ]
+    )
+    ours = network_input(*(part[None] for part in transform(image)))[0]
+    assert torch.equal(ours, whole(image))
 
 
 def batches_of(config, workers: int, epoch: int, rank: int = 0, world_size: int = 1):
@@ -209,6 +230,7 @@ def test_undecodable_image_is_named_also_from_a_worker(config, tmp_path):
 
 
 def test_transform_must_use_torchs_generator_to_be_repeatable(image_folder):
-    images = SeededImages(data.ImageFolder(image_folder / "train"), lambda _: torch.rand(2), 7)
+    folder = data.ImageFolder(image_folder / "train")
+    images = SeededImages(folder, lambda _: (torch.rand(2), torch.zeros(3)), 7)
     assert torch.equal(images[1, 2][0], images[1, 2][0])
     assert not torch.equal(images[1, 2][0], images[2, 2][0])

@@ -25,17 +25,17 @@ def _lower_precision(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def _is_negative(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """1 where x < 0, 0 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
+def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = None) -> Tensor:
+    """1 where `compare`, torch.lt or torch.le, holds for x and `bound`, 0 elsewhere; x's dtype."""
     if torch.compiler.is_compiling():
-        return (x < 0).to(dtype or x.dtype)
+        return compare(x, bound).to(dtype or x.dtype)
     # Comparing straight into floats: on a CPU, ten times faster than through booleans.
-    return torch.lt(x, 0, out=torch.empty_like(x, dtype=dtype))
+    return compare(x, bound, out=torch.empty_like(x, dtype=dtype))
 
 
 def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """-1 where x < 0, +1 elsewhere."""
-    return _is_negative(x, dtype).mul_(-2).add_(1)
+    """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
+    return _ones_where(torch.lt, x, 0, dtype).mul_(-2).add_(1)
 
 
 def shifted(x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class SignClipSTE(_SignSTE):
 
     @staticmethod
     def derivative(a: Tensor) -> Tensor:
-        return _is_negative(a.abs() - 1)
+        return _ones_where(torch.lt, a.abs(), 1)
 
     @staticmethod
     @once_differentiable
@@ -98,19 +98,21 @@ class RPReLUFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, before: Tensor | None, slope: Tensor, after: Tensor | None):
         ctx.save_for_backward(x, before, slope, after)
-        y = F.prelu(shifted(x, before), slope)
+        with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
+            y = F.prelu(shifted(x, before).to(slope.dtype), slope)
         return y if after is None else y.add_(after)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, before, slope, after = ctx.saved_tensors
-        a = shifted(x, before)
-        of_negative = grad * _is_negative(a)
+        a = shifted(x, before).to(slope.dtype)
+        of_negative = grad * _ones_where(torch.le, a, 0)
         grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
         slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
         grad_x = torch.addcmul(grad, of_negative, slope_less_1)
-        return grad_x, _to_shape_of(grad_x, before), grad_slope, _to_shape_of(grad, after)
+        grads_of_shifts = _to_shape_of(grad_x, before), _to_shape_of(grad, after)
+        return grad_x.to(x.dtype), grads_of_shifts[0], grad_slope, grads_of_shifts[1]
 
 
 class ScaledSignClipSTE(torch.autograd.Function):

@@ -12,7 +12,7 @@ from utils.errors import InputError, PeerLost, Stopped
 
 EXIT_CODE = 2
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
-_OTHER_RANKS_WAIT_SECONDS = 3.0
+_OTHER_RANKS_WAIT_SECONDS = 10.0
 
 
 class Parser(argparse.ArgumentParser):

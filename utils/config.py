@@ -21,6 +21,7 @@ from utils.binarize import ACTIVATION_STES, LATENT_INITS
 from utils.command_line import Parser
 from utils.errors import InputError
 from utils.optim import DECAY_GROUPS, SCHEDULES
+from utils.precision import PRECISIONS
 
 BUILTIN_DATA = ("shapes", "cifar10")
 LIGHTINGS = ("released", "textbook", "none")
@@ -119,6 +120,13 @@ class Config:
     schedule: str = _option(
         "linear decay; released runs one epoch ahead", "released", choices=tuple(SCHEDULES)
     )
+
+    accumulate: int = _option("parts a batch is computed in, BN statistics of each", 1, minimum=1)
+
+    # Speed
+    precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
+    compile: bool = _option("torch.compile the network and its teacher", False)
+    channels_last: bool = _option("memory layout of convolutions", False)
 
     # Run
     save: str = _option(

@@ -1,5 +1,8 @@
 """Images: data sets, the released transforms, and loaders that do not depend on their workers.
 
+Loading ends with bytes; colour noise and normalisation are applied to whole batches, on the device
+that trains, with the very numbers that the released order of transforms gives.
+
 Which images a batch holds and how each is augmented is a function of (seed, epoch, image index)
 alone: the same for any number of loading workers, and, together, for any number of processes.
 """
@@ -9,15 +12,17 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
 
 from utils.config import Config
 from utils.distributed import Process, first_on_each_machine
@@ -29,11 +34,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Lighting:
-    """PCA colour noise (Krizhevsky et al. 2012) on an RGB image: one increment per channel.
+    """PCA colour noise (Krizhevsky et al. 2012): draws what to add to each channel's bytes.
 
     increment = V (alpha * lambda), alpha ~ Normal(0, std) per component.  The eigenvalues belong
     to the 0-1 scale.  With `scale=1`, the released code, the increment is added on the 0-255
     scale and truncated, so that a channel changes by 0 or -1 only; `scale=255` is the textbook.
+    Truncating byte + increment is adding the increment's floor, the whole number returned.
     """
 
     EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045], dtype=torch.float64)
@@ -50,40 +56,55 @@ class Lighting:
         self.std = std
         self.scale = scale
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self) -> torch.Tensor:
+        """(3,) int16."""
         alpha = torch.randn(3, dtype=torch.float64) * self.std
-        increment = self.scale * (self.EIGENVECTORS @ (alpha * self.EIGENVALUES)).numpy()
-        pixels = np.asarray(image) + increment  # (H, W, 3)
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        increment = self.scale * (self.EIGENVECTORS @ (alpha * self.EIGENVALUES))
+        return increment.floor().to(torch.int16)
 
 
-LIGHTING = {"released": Lighting(scale=1.0), "textbook": Lighting(scale=255.0), "none": None}
+def no_lighting() -> torch.Tensor:
+    return torch.zeros(3, dtype=torch.int16)
 
 
-def train_transform(config: Config) -> transforms.Compose:
-    """The released order: crop, lighting, flip, normalise; PIL image -> (3, size, size)."""
-    lighting = LIGHTING[config.lighting]
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(config.image_size, scale=(config.crop_scale, 1.0)),
-            *([lighting] if lighting else []),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+LIGHTING = {"released": Lighting(scale=1.0), "textbook": Lighting(scale=255.0), "none": no_lighting}
 
 
-def val_transform(config: Config) -> transforms.Compose:
-    """Resize the shorter side, crop the centre, normalise; PIL image -> (3, size, size)."""
-    return transforms.Compose(
-        [
-            transforms.Resize(config.val_resize),
-            transforms.CenterCrop(config.image_size),
-            transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
-        ]
-    )
+class TrainTransform:
+    """PIL image -> its bytes (3, size, size), and what Lighting adds to each channel, (3,).
+
+    Randomness is drawn in the released order, crop, lighting, flip; flipping a channel and adding
+    to it commute.
+    """
+
+    def __init__(self, config: Config):
+        self.crop = transforms.RandomResizedCrop(config.image_size, scale=(config.crop_scale, 1.0))
+        self.lighting = LIGHTING[config.lighting]
+        self.flip = transforms.RandomHorizontalFlip()
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        image = self.crop(image)
+        shift = self.lighting()
+        return pil_to_tensor(self.flip(image)), shift
+
+
+class ValTransform:
+    """Resize the shorter side, crop the centre: PIL image -> as `TrainTransform`, without noise."""
+
+    def __init__(self, config: Config):
+        self.resize = transforms.Resize(config.val_resize)
+        self.crop = transforms.CenterCrop(config.image_size)
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        return pil_to_tensor(self.crop(self.resize(image))), no_lighting()
+
+
+def network_input(pixels: Tensor, shifts: Tensor) -> Tensor:
+    """Bytes (n, 3, S, S) and channel shifts (n, 3) -> normalised floats (n, 3, S, S)."""
+    if shifts.is_cuda or shifts.any():
+        pixels = (pixels.to(torch.int16) + shifts[:, :, None, None]).clamp_(0, 255)
+    mean, std = (torch.tensor(x, device=pixels.device) for x in (IMAGENET_MEAN, IMAGENET_STD))
+    return pixels.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -94,9 +115,11 @@ def mixed_seed(*numbers: int) -> int:
 class SeededImages(Dataset):
     """Item (epoch, index) is image `index`, augmented as a function of (seed, epoch, index).
 
+    An item is (bytes (3, S, S), channel shifts (3,), label).
+
     Args:
         images: a torchvision data set giving (PIL image, label).
-        transform: PIL image -> tensor; its randomness may come from torch's generator only.
+        transform: as `TrainTransform`; its randomness may come from torch's generator only.
         per_class: only the first so many images of each class; None takes all.
         skip: so many images may be unreadable; each is replaced by the next one that is not.
     """
@@ -121,13 +144,18 @@ class SeededImages(Dataset):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = key
         image, label = self._readable(index)
         # Without workers this runs in the training process, whose generator must not move.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
-            return self.transform(image), label
+            return *self.transform(image), label
+
+    def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Images of epoch 0 as the network takes them, (n, 3, S, S), and their labels (n,)."""
+        pixels, shifts, labels = default_collate([self[0, index] for index in indices])
+        return network_input(pixels, shifts), labels
 
     def _readable(self, index: int) -> tuple[Image.Image, int]:
         """Image `index` or, within what `skip` allows, the next one that can be read."""
@@ -222,7 +250,7 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
     """
     train = SeededImages(
         _open_split(config, process, True),
-        train_transform(config),
+        TrainTransform(config),
         config.seed,
         config.train_per_class,
         config.skip_unreadable,
@@ -240,7 +268,7 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
 def open_val_images(config: Config, process: Process) -> SeededImages:
     """The validation images alone."""
     images = _open_split(config, process, False)
-    return SeededImages(images, val_transform(config), per_class=config.val_per_class)
+    return SeededImages(images, ValTransform(config), per_class=config.val_per_class)
 
 
 def _open_split(config: Config, process: Process, train: bool) -> ImageFolder | CIFAR10:
@@ -287,8 +315,44 @@ def _draw_shapes(folder: Path) -> None:
         ) from error
 
 
-def train_loader(images: SeededImages, config: Config, process: Process) -> DataLoader:
-    """Batches of (images (n, 3, S, S), labels (n,)); the global batch is `config.batch_size`.
+class DeviceBatches:
+    """A loader's batches as (n, 3, S, S) network inputs and (n,) labels on the device.
+
+    On a GPU each is copied and normalised on a stream of its own while the one before is computed.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader = loader
+        self.batch_sampler = loader.batch_sampler
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.device.type != "cuda":
+            for pixels, shifts, labels in self.loader:
+                yield network_input(pixels, shifts), labels
+            return
+        copying = torch.cuda.Stream(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        ready = None
+        for batch in self.loader:
+            with torch.cuda.stream(copying):
+                pixels, shifts, labels = (part.to(self.device, non_blocking=True) for part in batch)
+                coming = network_input(pixels, shifts), labels
+            if ready is not None:
+                yield ready
+            computing.wait_stream(copying)
+            for part in coming:
+                part.record_stream(computing)
+            ready = coming
+        if ready is not None:
+            yield ready
+
+
+def train_loader(images: SeededImages, config: Config, process: Process) -> DeviceBatches:
+    """Batches for training; the global batch is `config.batch_size`.
 
     Raises:
         InputError: the global batch cannot be divided over the processes.
@@ -304,16 +368,16 @@ def train_loader(images: SeededImages, config: Config, process: Process) -> Data
     return _loader(images, batches, config, process)
 
 
-def val_loader(images: SeededImages, config: Config, process: Process) -> DataLoader:
+def val_loader(images: SeededImages, config: Config, process: Process) -> DeviceBatches:
     """This process's validation batches, each of `config.batch_size` images but the last."""
     batches = val_batches(len(images), config.batch_size, process.rank, process.world_size)
     return _loader(images, batches, config, process)
 
 
-def _loader(images: SeededImages, batches, config: Config, process: Process) -> DataLoader:
+def _loader(images: SeededImages, batches, config: Config, process: Process) -> DeviceBatches:
     # More workers than cores only wait for each other, and no result depends on their number.
     workers = min(config.workers, _usable_cores())
-    return DataLoader(
+    loader = DataLoader(
         images,
         batch_sampler=batches,
         num_workers=workers,
@@ -323,6 +387,7 @@ def _loader(images: SeededImages, batches, config: Config, process: Process) -> 
         # Its own generator: the loader's seed for its workers is drawn, and nothing here uses it.
         generator=torch.Generator(),
     )
+    return DeviceBatches(loader, process.device)
 
 
 def answer_parent_alone(worker: int) -> None:

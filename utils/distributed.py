@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -160,6 +160,13 @@ def distribute(model: nn.Module, process: Process, sync_bn: bool) -> nn.Module:
         model = synchronize_batch_norm(model)
     gpu = [process.device] if process.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=gpu)
+
+
+def reduces_gradients(model: nn.Module, wanted: bool) -> AbstractContextManager:
+    """Whether a backward pass averages gradients over processes; the last part of a batch does."""
+    if wanted or not isinstance(model, DistributedDataParallel):
+        return nullcontext()
+    return model.no_sync()
 
 
 def synchronize_batch_norm(model: nn.Module) -> nn.Module:

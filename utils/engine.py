@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
-from utils.distributed import share_weight, sum_over_processes
-from utils.losses import batch_loss
+from utils.distributed import reduces_gradients, share_weight, sum_over_processes
+from utils.losses import batch_loss, in_full_precision
+from utils.precision import autocast
 
 
 class NotFinite(ArithmeticError):
@@ -78,14 +79,6 @@ def without_progress(batches: Iterable, meter: Meter) -> Iterable:
     return batches
 
 
-def on_device(
-    batches: Iterable[tuple[Tensor, Tensor]], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches, copied without waiting where the loader pinned their memory."""
-    for images, labels in batches:
-        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-
 def train_one_epoch(
     model: nn.Module,
     teacher: nn.Module | None,
@@ -93,6 +86,8 @@ def train_one_epoch(
     optimizer: Optimizer,
     device: torch.device,
     label_smoothing: float = 0.0,
+    precision: str = "float32",
+    accumulate: int = 1,
     progress: Progress = without_progress,
     after_step: Callable[[], None] | None = None,
     meter: Meter | None = None,
@@ -103,7 +98,8 @@ def train_one_epoch(
         model: the student; several processes wrap it with `utils.distributed.distribute`.
         teacher: gives the soft targets; None trains on the labels.
         batches: this process's share of each batch, (n, 3, H, W) images and (n,) labels.
-        after_step: called after each update of the weights, once the meter has it.
+        accumulate: parts that a batch is computed in one after the other.
+        after_step: called after each update of the weights.
         meter: of the batches of this epoch that were trained on before.
 
     Raises:
@@ -111,14 +107,21 @@ def train_one_epoch(
     """
     model.train()
     meter = meter or Meter(device)
-    for images, labels in on_device(progress(batches, meter), device):
-        logits = model(images)
-        loss = batch_loss(logits, images, labels, teacher, label_smoothing)
+    for images, labels in progress(batches, meter):
         optimizer.zero_grad()
-        (loss * share_weight(len(labels), device)).backward()
-        refuse_not_finite(loss, model)
+        weight = share_weight(len(labels), device) / len(labels)
+        parts = list(zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True))
+        losses = []
+        for number, (part, its_labels) in enumerate(parts, start=1):
+            with reduces_gradients(model, number == len(parts)):
+                with autocast(device, precision):
+                    logits = model(part)
+                    loss = batch_loss(logits, part, its_labels, teacher, label_smoothing)
+                (loss * weight * len(its_labels)).backward()
+            meter.update(loss, logits, its_labels)
+            losses.append(loss)
+        refuse_not_finite(torch.stack(losses).sum(), model)
         optimizer.step()
-        meter.update(loss, logits, labels)
         if after_step:
             after_step()
     return meter.reduce().results()
@@ -139,10 +142,11 @@ def validate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
+    precision: str = "float32",
     progress: Progress = without_progress,
 ) -> dict[str, float]:
     """Cross-entropy and accuracy on the labels, over the batches of all processes together."""
-    return measure(model, batches, device, progress).results()
+    return measure(model, batches, device, precision, progress).results()
 
 
 @torch.no_grad()
@@ -150,14 +154,17 @@ def measure(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     device: torch.device,
+    precision: str = "float32",
     progress: Progress = without_progress,
 ) -> Meter:
     """The meter behind `validate`, which also knows how the losses scatter."""
     model.eval()
     meter = Meter(device)
-    for images, labels in on_device(progress(batches, meter), device):
-        logits = model(images)
-        meter.update(F.cross_entropy(logits, labels, reduction="none"), logits, labels)
+    for images, labels in progress(batches, meter):
+        with autocast(device, precision):
+            logits = model(images)
+        losses = F.cross_entropy(in_full_precision(logits), labels, reduction="none")
+        meter.update(losses, logits, labels)
     return meter.reduce()
 
 

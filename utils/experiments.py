@@ -3,7 +3,8 @@
     title, claim    what the table or figure shows, and what the paper concludes from it
     measure         how the runs become rows of the CSV (see scripts/run_experiment.py)
     runs            name -> step (1 or 2), after (a run above, whose best checkpoint it starts
-                    from), and options of that step; an option may be one value for each scale
+                    from), scales (the only ones it belongs to), and options of that step; an
+                    option may be one value for each scale
     published       the paper's rows of the same CSV
     settings        what the measure itself needs, also by scale
 
@@ -27,6 +28,7 @@ from utils.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "scripts" / "experiments"
+_RUN_KEYS = {"step", "after", "scales"}
 _KEYS = {"title", "claim", "measure", "runs", "published", "settings"}
 
 
@@ -95,7 +97,11 @@ def read_experiment(name: str, scale: str) -> Experiment:
         content["title"],
         content["claim"],
         content["measure"],
-        {run: _at_scale(options, scale) for run, options in content.get("runs", {}).items()},
+        {
+            run: _at_scale(options, scale)
+            for run, options in content.get("runs", {}).items()
+            if scale in options.get("scales", [scale])
+        },
         content.get("published", []),
         _at_scale(content.get("settings", {}), scale),
     )
@@ -142,7 +148,7 @@ def _resolve(
     options: Sequence[str],
 ) -> Run:
     step = overrides["step"]
-    own = {key: value for key, value in overrides.items() if key not in ("step", "after")}
+    own = {key: value for key, value in overrides.items() if key not in _RUN_KEYS}
     start = str(parent.folder / BEST) if parent else "none"
     arguments = [
         *("--config", str(EXPERIMENTS / "scales" / f"{scale}.yaml")),
@@ -162,10 +168,12 @@ def _as_argument(value: Any) -> str:
 
 
 def _digest(config: Config, step: int, parent: Run | None) -> str:
+    # Defaults are left out, so that an option added later takes no run for another.
     deciding = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)
-        if not f.metadata.get("place") or f.name in ("data", "val_dir", "keep_epochs")
+        if (not f.metadata.get("place") or f.name in ("data", "val_dir", "keep_epochs"))
+        and getattr(config, f.name) != f.default
     }
     start = parent.folder.name.rpartition("-")[2] if parent else None
     text = json.dumps([step, start, deciding], sort_keys=True)

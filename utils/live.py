@@ -122,8 +122,8 @@ def live_measures(
     is_binary = config.binary_activations or config.binary_weights
     if not (config.live_measures and process.is_main and is_binary):
         return NoMeasures()
-    fixed = [images[0, index][0] for index in range(min(FIXED_IMAGES, len(images)))]
-    return LiveMeasures(model, torch.stack(fixed).to(process.device), state)
+    fixed, _ = images.batch(range(min(FIXED_IMAGES, len(images))))
+    return LiveMeasures(model, fixed.to(process.device), state)
 
 
 def _unpacked(packed: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:

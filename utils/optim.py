@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from utils.errors import InputError
 
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
 
 
 def decays_as_released(name: str, parameter: nn.Parameter) -> bool:

@@ -1,0 +1,113 @@
+"""Precision, memory layout, compilation and accumulation change rounding and nothing else."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from models import build_model
+from utils.binarize import BinaryConv2d, RPReLU, Sign, channel_scale
+from utils.engine import train_one_epoch
+from utils.optim import build_optimizer
+from utils.precision import autocast, compiled, place
+
+CPU = torch.device("cpu")
+
+
+def tiny(name: str = "reactnet_r18", **options) -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(
+        name, num_classes=3, width=1 / 16, small_images=True, latent_init="symmetric", **options
+    )
+
+
+def batch(count: int = 6, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(count, 3, 16, 16, generator=generator, dtype=dtype)
+    return images, torch.arange(count) % 3
+
+
+def test_bfloat16_sums_of_signs_are_exact_and_only_the_output_is_rounded():
+    torch.manual_seed(0)
+    conv = BinaryConv2d(8, 6, 3, padding=1, bias=False, latent_init="symmetric")
+    binary = torch.where(torch.randn(2, 8, 7, 7) < 0, -1.0, 1.0)
+    exact = conv.double()(binary.double())
+    with autocast(CPU, "bfloat16"):
+        rounded = conv.float()(binary)
+    assert rounded.dtype == torch.bfloat16
+    # One rounding to 8 bits: the sums, of 72 terms, are whole numbers that bfloat16 holds.
+    torch.testing.assert_close(rounded.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_bfloat16_gradients_point_where_float32_gradients_do():
+    images, _ = batch(32)
+    gradients = []
+    for precision in ("float32", "bfloat16"):
+        conv = nn.Sequential(Sign(), BinaryConv2d(3, 4, 3, latent_init="symmetric"), RPReLU(4))
+        torch.manual_seed(0)
+        conv[1].reset_parameters()
+        with autocast(CPU, precision):
+            loss = conv(images).float().square().mean()
+        loss.backward()
+        assert all(p.grad.dtype == torch.float32 for p in conv.parameters() if p.grad is not None)
+        gradients.append(conv[1].weight.grad.flatten())
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_the_residual_path_stays_in_float32_under_autocast():
+    block = tiny().layer1[0]
+    with autocast(CPU, "bfloat16"):
+        assert block(torch.randn(2, 4, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["reactnet_a", "strong_baseline_r18"])
+def test_channels_last_computes_the_same_in_float64(name):
+    model = tiny(name).double()
+    other = place(copy.deepcopy(model), CPU, channels_last=True)
+    images, _ = batch(dtype=torch.float64)
+    torch.testing.assert_close(model(images), other(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_a_compiled_block_has_the_gradients_of_the_eager_one():
+    block = tiny("reactnet_r18").layer2[0].double()
+    x = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    fast = compiled(block, wanted=True)
+    inputs = (x, *block.parameters())
+    results = [(y := f(x), torch.autograd.grad(y.square().sum(), inputs)) for f in (block, fast)]
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert compiled(block, wanted=False) is block and compiled(None, wanted=True) is None
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch_where_there_is_no_bn():
+    images, labels = batch(7)
+    trained = []
+    for accumulate in (1, 3):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).double()
+        optimizer = build_optimizer(model, 1e-2, 0.0, name="SGD")
+        given = [(images.double(), labels)]
+        results = train_one_epoch(model, None, given, optimizer, CPU, accumulate=accumulate)
+        trained.append((model[1].weight.detach(), results["loss"], results["images"]))
+    for mine, theirs in zip(*trained, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_latent_scale_is_applied_after_the_convolution_in_bfloat16():
+    conv = BinaryConv2d(1, 1, 1, bias=False)
+    conv.weight.data.fill_(1 + 2**-7 + 2**-12)  # not a bfloat16
+    with autocast(CPU, "bfloat16"):
+        y = conv(torch.full((1, 1, 1, 1), -1.0))
+    assert y.item() == -channel_scale(conv.weight.detach()).bfloat16().item()
+
+
+def test_training_runs_in_bfloat16_channels_last_and_in_parts(run_step, tmp_path):
+    fast = {"precision": "bfloat16", "channels_last": "true", "accumulate": 2}
+    result = run_step(2, init_from="none", **fast)
+    assert result.code == 0, result.err
+    state = torch.load(tmp_path / "step2" / "model_best.pth.tar", weights_only=True)["state_dict"]
+    assert all(v.dtype in (torch.float32, torch.int64) for v in state.values())
+    assert run_step(2, save=tmp_path / "other", precision="half").code == 2

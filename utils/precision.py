@@ -1,0 +1,33 @@
+"""How a network is computed: precision, memory layout and compilation.
+
+Weights, the optimizer and the residual path stay in float32 whatever is chosen.
+"""
+
+import torch
+from torch import nn
+
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+def set_precision(precision: str) -> None:
+    """float32 means float32, also on GPUs that would take TF32 for convolutions unasked."""
+    allowed = precision != "float32"
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context that forward passes run in: convolutions and `fc` in bfloat16, if that."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def place(model: nn.Module | None, device: torch.device, channels_last: bool) -> nn.Module | None:
+    """Move a network in place; its inputs then take its memory layout by themselves."""
+    if model is None:
+        return None
+    return model.to(device, memory_format=torch.channels_last if channels_last else None)
+
+
+def compiled(model: nn.Module | None, wanted: bool) -> nn.Module | None:
+    """`model` with its passes compiled by torch.compile, or itself; parameters are shared."""
+    return torch.compile(model) if wanted and model is not None else model
