@@ -7,11 +7,10 @@ pair            the same with two processes, both killed
 rank            one of two processes under torchrun killed; the launcher goes on by itself
 checkpoint      bits flipped, blocks overwritten, ends cut off or added, at random offsets
 disk            a small tmpfs full, or the run's folder gone, for a while (needs the right to mount)
-image           a damaged JPEG: its path in one sentence, or --skip_unreadable
-configuration   values and image folders made by Hypothesis (needs requirements-test.txt)
 
 A round is survived if the run ends with the weights, optimizer state, best checkpoint and records
-of an unbroken one, or, where it cannot, with one sentence.  Each fault starts from the seed.
+of an unbroken one; a damaged file, if reading it gives one sentence.  Each fault starts from the
+seed.
 """
 
 import argparse
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from step2.train import main as step2_main
+from step2.train import main as train
 from utils.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint
 from utils.command_line import Parser, command
 from utils.errors import InputError
@@ -80,22 +79,22 @@ class Bench:
         values = {"data": self.images, "save": save, **TINY, **options}
         return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
-    def start(self, log: Path, arguments: list[str], processes: int = 1, main=step2_main) -> list:
-        """Start a training program as `processes` peers that write to `log`."""
+    def start(self, log: Path, arguments: list[str], processes: int = 1) -> list:
+        """Start step 2 as `processes` peers that write to `log`."""
         port = free_port()
         peers = []
         for rank in range(processes):
             joined = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             environment = {k: str(v) for k, v in {**joined, **address}.items()}
-            peer = FORK.Process(target=_train, args=(log, arguments, environment, main))
+            peer = FORK.Process(target=_train, args=(log, arguments, environment))
             peer.start()
             peers.append(peer)
         return peers
 
-    def finish(self, log: Path, arguments: list[str], processes: int = 1, main=step2_main) -> int:
+    def finish(self, log: Path, arguments: list[str], processes: int = 1) -> int:
         """Run to the end; the exit code of the first process."""
-        peers = self.start(log, arguments, processes, main)
+        peers = self.start(log, arguments, processes)
         for peer in peers:
             peer.join(LONGEST)
             peer.kill()
@@ -103,14 +102,14 @@ class Bench:
         return peers[0].exitcode
 
 
-def _train(log: Path, arguments: list[str], environment: Mapping[str, str], main) -> None:
+def _train(log: Path, arguments: list[str], environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *arguments]
     torch.set_num_threads(1)
-    main()
+    train()
 
 
 def write_images(folder: Path) -> Path:
@@ -168,15 +167,6 @@ def compared(whole: Path, folder: Path) -> Outcome:
     except (InputError, OSError, ValueError) as error:
         return f"lost: {error}"
     return differs and f"lost: {differs} differs from the unbroken run"
-
-
-def one_sentence(log: Path) -> Outcome:
-    """Whether a run that ended with an error said so in one sentence."""
-    text = log.read_text(errors="replace")
-    errors = [line for line in text.splitlines() if line.startswith("error: ")]
-    if "Traceback" in text or len(errors) != 1:
-        return f"unclear: {text.strip().splitlines()[-1] if text.strip() else 'said nothing'}"
-    return ""
 
 
 def kill(bench: Bench, processes: int = 1) -> Iterator[Outcome]:

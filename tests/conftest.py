@@ -103,14 +103,21 @@ def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Run]:
 
 
 def launch(program: str, *arguments, processes: int = 2) -> subprocess.CompletedProcess:
-    """Start a run.sh, or a Python program through utils/launch.py, from another directory."""
+    """Run a run.sh, or a Python program through utils/launch.py, from another directory."""
+    with start(program, *arguments, processes=processes) as running:
+        out, err = running.communicate(timeout=300)
+    return subprocess.CompletedProcess(program, running.returncode, out, err)
+
+
+def start(program: str, *arguments, processes: int = 2) -> subprocess.Popen:
+    """The same without waiting for its end."""
     is_script = program.endswith(".sh")
     command = ["bash"] if is_script else [sys.executable, str(ROOT / "utils" / "launch.py")]
-    return subprocess.run(
+    return subprocess.Popen(
         [*command, str(ROOT / program), *map(str, arguments)],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         cwd="/",
-        timeout=300,
         env={**os.environ, "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes)},
     )

@@ -3,19 +3,23 @@
 import itertools
 import json
 import os
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import CLASSES, TINY, VAL, launch
+from conftest import CLASSES, TINY, VAL, launch, start
+from test_training import assert_same_run
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from models import build_model
 from utils import engine
 from utils.binarize import LatentConv2d
+from utils.checkpoint import BEST, NEWEST, Resumed, resume_within_epoch
 from utils.data import TrainBatches, val_batches
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
 from utils.launch import torchrun_settings
@@ -185,6 +189,50 @@ def test_run_script_trains_under_torchrun_with_two_processes(tmp_path, image_fol
     records = [json.loads(line) for line in lines]
     assert [record["val_images"] for record in records] == [len(CLASSES) * VAL] * 2
     assert run.stdout.count("finished: best") == 1
+
+
+def test_two_processes_stopped_and_then_one_killed_end_with_the_bits_of_an_unbroken_run(
+    tmp_path, image_folder
+):
+    from_scratch = {"init_from": "none", "latent_init": "symmetric", "learning_rate": 0.01}
+    shared = {"data": image_folder, "epochs": 4, "checkpoint_minutes": 0, **from_scratch}
+    whole, folder = tmp_path / "whole", tmp_path / "broken"
+    assert launch("step2/run.sh", *options(save=whole, **shared)).returncode == 0
+
+    with start("step2/run.sh", *options(save=folder, **shared)) as running:
+        wait_for(folder / NEWEST)
+        running.send_signal(signal.SIGUSR1)
+        out, err = running.communicate(timeout=300)
+    assert running.returncode == 75, err
+    assert "stopped on request" in out
+
+    with start("step2/run.sh", *options(save=folder, **shared)) as running:
+        while "goes on" not in running.stdout.readline():
+            pass
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert "a process ended with code -9: all start again" in out
+    assert "Traceback" not in err
+    for name in (NEWEST, BEST):
+        assert_same_run(whole / name, folder / name)
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 300
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+
+
+def test_another_number_of_processes_takes_over_the_sums_and_the_main_one_all_of_them():
+    peers = [{"sums": {"sums": torch.tensor([n, 1.0]), "seconds": 3.0}, "rng": 0} for n in (1, 2)]
+    unfinished = {"iteration": 5, "processes": peers}
+    for rank, sums in ((0, [3, 2]), (1, None), (2, None)):
+        resumed = Resumed()
+        resume_within_epoch(resumed, unfinished, Process(rank, rank, 3, torch.device("cpu")))
+        assert resumed.iteration == 5
+        assert sums == (resumed.sums and resumed.sums["sums"].tolist())
 
 
 def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_folder):

@@ -271,3 +271,14 @@ def test_too_little_memory_names_the_batch_size(run_step, monkeypatch):
 
     monkeypatch.setattr(engine, "batch_loss", allocate)
     run_step(1).assert_one_sentence("out of memory with batch_size 8", "choose a smaller one")
+
+
+def test_a_few_rounds_of_injected_faults_are_survived(tmp_path):
+    report = tmp_path / "report.md"
+    program = [sys.executable, str(ROOT / "scripts" / "fault_injection.py")]
+    options = ["--rounds", "2", "--faults", "kill,checkpoint", "--report", str(report)]
+    run = subprocess.run([*program, *options], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "kill: 3 survived, 0 lost" in run.stdout
+    assert "checkpoint: 10 survived, 0 lost" in run.stdout
+    assert "| checkpoint |     10 |" in report.read_text()

@@ -275,7 +275,7 @@ def resume(config: Config, process: Process, model: nn.Module, optimizer: Optimi
         _set_rng_state(content["rng"])
         resumed = Resumed("", content["history"], content["measures"])
         if "unfinished" in content:
-            _resume_within_epoch(resumed, content["unfinished"], process)
+            resume_within_epoch(resumed, content["unfinished"], process)
         resumed.start = f"{_told(resumed)} of this run, which goes on{problem}"
         return resumed
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -304,7 +304,7 @@ def _newest_intact(folder: Path) -> tuple[str | None, str]:
     return None, ""
 
 
-def _resume_within_epoch(resumed: Resumed, unfinished: Mapping[str, Any], process: Process) -> None:
+def resume_within_epoch(resumed: Resumed, unfinished: Mapping[str, Any], process: Process) -> None:
     """Restore what each process had by itself; of another number, the main one takes all sums."""
     resumed.iteration = unfinished["iteration"]
     peers = unfinished["processes"]

@@ -111,6 +111,7 @@ def train_one_epoch(
         optimizer.zero_grad()
         weight = share_weight(len(labels), device) / len(labels)
         parts = list(zip(images.chunk(accumulate), labels.chunk(accumulate), strict=True))
+        losses = []
         for number, (part, its_labels) in enumerate(parts, start=1):
             with reduces_gradients(model, number == len(parts)):
                 with autocast(device, precision):
@@ -118,7 +119,8 @@ def train_one_epoch(
                     loss = batch_loss(logits, part, its_labels, teacher, label_smoothing)
                 (loss * weight * len(its_labels)).backward()
             meter.update(loss, logits, its_labels)
-        refuse_not_finite(loss, model)
+            losses.append(loss)
+        refuse_not_finite(torch.stack(losses).sum(), model)
         optimizer.step()
         if after_step:
             after_step()
