@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from models import MODELS, build_model
 from models.exact import binary_convolutions
+from models.exported import ExportedNetwork
+from models.onnx_network import SUFFIX as ONNX_SUFFIX
+from models.onnx_network import OnnxNetwork
+from models.openvino_network import SUFFIX as OPENVINO_SUFFIX
+from models.openvino_network import OpenVinoNetwork
 from utils.binarize import is_binary
 from utils.checkpoint import Checkpoint, load_strictly, read_checkpoint, with_4d_kernels
 from utils.config import Config, checked, from_saved
 from utils.errors import InputError
+
+EXPORTED = {ONNX_SUFFIX: OnnxNetwork, OPENVINO_SUFFIX: OpenVinoNetwork}
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,17 @@ def load_network(
     model = build_model(name, num_classes=num_classes, **options)
     load_strictly(model, checkpoint)
     return LoadedNetwork(model.eval(), name, num_classes, options, checkpoint, config)
+
+
+def open_network(path: Path, **given: Any) -> LoadedNetwork | ExportedNetwork:
+    """The network of any file that answers: of `load_network`, ONNX or OpenVINO.
+
+    Raises:
+        InputError: as `load_network`, or the engine's reasons.
+    """
+    if path.suffix in EXPORTED:
+        return EXPORTED[path.suffix](path)
+    return load_network(path, **given)
 
 
 def inference_content(loaded: LoadedNetwork) -> dict[str, Any]:

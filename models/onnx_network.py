@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.exact import with_plain_convolutions
+from models.exported import VAL_RESIZE, ExportedNetwork
 from utils.errors import InputError
 from utils.files import write_whole
 
 SUFFIX = ".onnx"
 INPUT, OUTPUT = "images", "logits"
-VAL_RESIZE = "val_resize"
 
 
 def _onnxruntime():
@@ -58,8 +58,8 @@ def write_onnx(
     write_whole(path, lambda file: file.write(network.SerializeToString()))
 
 
-class OnnxNetwork(nn.Module):
-    """(N, 3, S, S) images -> (N, classes) logits, computed by onnxruntime on the CPU.
+class OnnxNetwork(ExportedNetwork):
+    """(N, 3, S, S) images -> (N, classes) logits, computed by onnxruntime.
 
     Raises:
         InputError: the file is no ONNX network of one image input, or a package is missing.
@@ -67,11 +67,13 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path: Path):
         super().__init__()
+        self.path = path
         runtime = _onnxruntime()
         try:
             self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
             (self.input,) = self.session.get_inputs()
-            self.batch, _, self.image_size, _ = self.input.shape
+            batch, _, self.image_size, _ = self.input.shape
+            self.batch = batch if isinstance(batch, int) else None
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.val_resize = int(metadata.get(VAL_RESIZE, self.image_size))
         except Exception as error:  # onnxruntime raises types of its own for each kind of damage
@@ -80,12 +82,5 @@ class OnnxNetwork(nn.Module):
                 f" ({type(error).__name__}): convert it again"
             ) from error
 
-    def forward(self, images: Tensor) -> Tensor:
-        pixels = images.cpu().numpy()
-        fixed = self.batch if isinstance(self.batch, int) else len(pixels)
-        logits = []
-        for start in range(0, len(pixels), fixed):
-            part = pixels[start : start + fixed]
-            padded = np.concatenate([part, part[:1].repeat(fixed - len(part), axis=0)])
-            logits.append(self.session.run(None, {self.input.name: padded})[0][: len(part)])
-        return torch.from_numpy(np.concatenate(logits)).to(images.device)
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.input.name: pixels})[0]

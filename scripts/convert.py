@@ -1,14 +1,17 @@
 """Convert a checkpoint for deployment; the answers stay those of the network, without retraining.
 
-    python scripts/convert.py FILE --to exact  --output model.pth.tar
-    python scripts/convert.py FILE --to packed --output model.safetensors [--dtype float16]
-    python scripts/convert.py FILE --to onnx   --output model.onnx [--batch 1] [--image_size 224]
+    python scripts/convert.py FILE --to exact    --output model.pth.tar
+    python scripts/convert.py FILE --to packed   --output model.safetensors [--dtype float16]
+    python scripts/convert.py FILE --to onnx     --output model.onnx [--batch 1] [--image_size 224]
+    python scripts/convert.py FILE --to openvino --output model.xml [--batch 1] [--image_size 224]
 
-exact   kernels of exactly -1 and +1, their scales folded into the following BN
-packed  the same at 1 bit per binary weight, the other tensors in float32 or float16
-onnx    weights as plain float32 convolutions, batch dynamic unless --batch fixes it
+exact     kernels of exactly -1 and +1, their scales folded into the following BN
+packed    the same at 1 bit per binary weight, the other tensors in float32 or float16
+onnx      weights as plain float32 convolutions, batch dynamic unless --batch fixes it
+openvino  1 bit per binary weight and activation, computed with XNOR and popcount; model.xml is the
+          graph, model.bin beside it the constants
 
-FILE may be a checkpoint of any layout or a packed file, so `--to exact` also unpacks.  All three
+FILE may be a checkpoint of any layout or a packed file, so `--to exact` also unpacks.  All of them
 are for inference: latent weights and optimizer stay behind.
 """
 
@@ -24,9 +27,12 @@ from torch import nn
 
 from models.exact import binary_convolutions, with_exact_weights
 from models.loading import LoadedNetwork, inference_content, load_network
+from models.onnx_network import SUFFIX as ONNX_SUFFIX
 from models.onnx_network import OnnxNetwork, write_onnx
+from models.openvino_network import SUFFIX as OPENVINO_SUFFIX
+from models.openvino_network import OpenVinoNetwork, constants_path, write_openvino
 from utils.checkpoint import write_checkpoint
-from utils.command_line import Parser, add_network_options, command
+from utils.command_line import Parser, add_network_options, command, positive
 from utils.errors import InputError
 from utils.files import check_output
 from utils.packing import SUFFIX as PACKED_SUFFIX
@@ -34,17 +40,20 @@ from utils.packing import write_packed
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 CHECKED_IMAGES = 16
+ENGINES = {"onnx": (write_onnx, OnnxNetwork), "openvino": (write_openvino, OpenVinoNetwork)}
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="checkpoint of any layout, or .safetensors")
-    parser.add_argument("--to", choices=("exact", "packed", "onnx"), required=True)
+    parser.add_argument("--to", choices=("exact", "packed", *ENGINES), required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="packed: other tensors")
-    parser.add_argument("--batch", type=int, help="onnx: fixed batch")
-    parser.add_argument("--image_size", type=int, help="onnx: pixels; the training's by default")
+    parser.add_argument("--batch", type=positive, help="onnx, openvino: fixed batch")
+    parser.add_argument(
+        "--image_size", type=positive, help="onnx, openvino: pixels; the training's by default"
+    )
     add_network_options(parser)
     return parser.parse_args()
 
@@ -52,7 +61,9 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse()
-    check_output(arguments.output, arguments.force)
+    files = written_files(arguments.to, arguments.output)
+    for file in files:
+        check_output(file, arguments.force)
     loaded = load_network(
         arguments.file,
         binary_weights=arguments.binary_weights,
@@ -60,37 +71,51 @@ def main() -> None:
     )
     print(loaded)
     image_size = arguments.image_size or loaded.image_size
-    if arguments.to == "onnx":
-        to_onnx(loaded, arguments.output, image_size, arguments.batch)
+    if arguments.to == "exact":
+        to_exact(loaded, arguments.output, image_size)
     elif arguments.to == "packed":
         to_packed(loaded, arguments.output, image_size, DTYPES[arguments.dtype])
     else:
-        to_exact(loaded, arguments.output, image_size)
-    size = arguments.output.stat().st_size
-    print(f"wrote {arguments.output}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
+        to_engine(loaded, arguments.to, files, image_size, arguments.batch)
+    size = sum(file.stat().st_size for file in files)
+    names = " and ".join(map(str, files))
+    print(f"wrote {names}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
+
+
+def written_files(form: str, output: Path) -> list[Path]:
+    """All the files of a conversion.
+
+    Raises:
+        InputError: the form is read by its suffix, and `output` has another one.
+    """
+    suffix = {"packed": PACKED_SUFFIX, "onnx": ONNX_SUFFIX, "openvino": OPENVINO_SUFFIX}.get(form)
+    if suffix and output.suffix != suffix:
+        raise InputError(f"a file for --to {form} is named *{suffix}, not {output.name}")
+    return [output, constants_path(output)] if form == "openvino" else [output]
 
 
 def to_exact(loaded: LoadedNetwork, output: Path, image_size: int) -> None:
     check_folding(loaded.model, image_size)
     state = with_exact_weights(loaded.model).state_dict()
     write_checkpoint(output, {"state_dict": state, **inference_content(loaded)})
-    check_written(loaded.model, load_network(output).model, output, image_size)
+    check_written(loaded.model, load_network(output).model, [output], image_size)
 
 
 def to_packed(loaded: LoadedNetwork, output: Path, image_size: int, dtype: torch.dtype) -> None:
-    if output.suffix != PACKED_SUFFIX:
-        raise InputError(f"a packed file is named *{PACKED_SUFFIX}, not {output.name}")
     check_folding(loaded.model, image_size)
     model = with_exact_weights(loaded.model)
     binary = {f"{name}.weight" for name in binary_convolutions(model)}
     write_packed(output, model.state_dict(), binary, inference_content(loaded), dtype)
-    check_written(loaded.model, load_network(output).model, output, image_size)
+    check_written(loaded.model, load_network(output).model, [output], image_size)
 
 
-def to_onnx(loaded: LoadedNetwork, output: Path, image_size: int, batch: int | None) -> None:
+def to_engine(
+    loaded: LoadedNetwork, engine: str, files: list[Path], image_size: int, batch: int | None
+) -> None:
+    write, read = ENGINES[engine]
     resize = round(loaded.val_resize * image_size / loaded.image_size)
-    write_onnx(loaded.model, output, image_size, batch, resize)
-    check_written(loaded.model, OnnxNetwork(output), output, image_size)
+    write(loaded.model, files[0], image_size, batch, resize)
+    check_written(loaded.model, read(files[0]), files, image_size)
 
 
 def random_images(image_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -109,11 +134,11 @@ def check_folding(model: nn.Module, image_size: int) -> None:
 
 
 @torch.no_grad()
-def check_written(model: nn.Module, written: nn.Module, output: Path, image_size: int) -> None:
+def check_written(model: nn.Module, written: nn.Module, files: list[Path], image_size: int) -> None:
     """Print how the written network answers beside the one it came from.
 
     Raises:
-        InputError: it mostly predicts other classes; the file is removed.
+        InputError: it mostly predicts other classes; its files are removed.
     """
     images = random_images(image_size, torch.float32)
     expected, logits = model(images), written(images)
@@ -123,8 +148,9 @@ def check_written(model: nn.Module, written: nn.Module, output: Path, image_size
         f" logits within {(expected - logits).abs().max():.1e}"
     )
     if agree < len(images) / 2:
-        output.unlink()
-        raise InputError(f"{output} answered differently and was removed: the engine is unsound")
+        for file in files:
+            file.unlink()
+        raise InputError(f"{files[0]} answered differently and was removed: the engine is unsound")
 
 
 if __name__ == "__main__":

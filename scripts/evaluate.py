@@ -1,4 +1,4 @@
-"""Accuracy of a checkpoint, packed file or ONNX network, each validation image counted once.
+"""Accuracy of a checkpoint, packed file, ONNX or OpenVINO network, each image counted once.
 
     python scripts/evaluate.py FILE --data /path/to/imagenet
     python utils/launch.py scripts/evaluate.py FILE --data ...    (one process per GPU)
@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from models.loading import LoadedNetwork, load_network
-from models.onnx_network import SUFFIX as ONNX_SUFFIX
-from models.onnx_network import OnnxNetwork
+from models.exported import ExportedNetwork
+from models.loading import LoadedNetwork, open_network
 from utils.checkpoint import write_released
 from utils.command_line import Parser, add_network_options, command
 from utils.config import Config, parse_config
@@ -39,7 +38,7 @@ DATA_OPTIONS = ("data", "val_dir", "cache_dir", "image_size", "val_resize", "bat
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("file", type=Path, help="checkpoint of any layout, .safetensors or .onnx")
+    parser.add_argument("file", type=Path, help="checkpoint, .safetensors, .onnx or .xml")
     for name in DATA_OPTIONS:
         parser.add_argument(f"--{name}", metavar="X", help="as in training")
     add_network_options(parser)
@@ -57,16 +56,15 @@ def main() -> None:
     if arguments.save_released:
         check_output(arguments.save_released, arguments.force)
     with training_process() as process:
-        model, loaded = open_network(arguments)
-        config = data_config(arguments, model, loaded)
-        if arguments.precision == "float64":
-            model = InFloat64(model)
+        network = opened(arguments)
+        config = data_config(arguments, network)
+        model = InFloat64(network.model) if arguments.precision == "float64" else network.model
         results = evaluate(model.to(process.device), config, process)
     if not process.is_main:
         return
-    report(results, str(loaded or arguments.file), arguments.json)
+    report(results, str(network), arguments.json)
     if arguments.save_released:
-        write_released(loaded.checkpoint, arguments.save_released)
+        write_released(network.checkpoint, arguments.save_released)
     if arguments.expect is not None:
         low, high = results["top1_interval"]
         if not low <= arguments.expect <= high:
@@ -75,31 +73,26 @@ def main() -> None:
             )
 
 
-def open_network(arguments: argparse.Namespace) -> tuple[nn.Module, LoadedNetwork | None]:
-    """The network to evaluate and, unless it is an ONNX file, where it came from."""
-    if arguments.file.suffix == ONNX_SUFFIX:
-        if arguments.precision == "float64":
-            raise InputError("an ONNX file computes in float32: leave --precision out")
-        if arguments.save_released:
-            raise InputError(f"{arguments.file} is no checkpoint: --save_released needs one")
-        return OnnxNetwork(arguments.file), None
-    loaded = load_network(
+def opened(arguments: argparse.Namespace) -> LoadedNetwork | ExportedNetwork:
+    network = open_network(
         arguments.file,
         binary_weights=arguments.binary_weights,
         small_images=arguments.small_images,
     )
-    return loaded.model, loaded
+    if isinstance(network, ExportedNetwork):
+        if arguments.precision == "float64":
+            raise InputError(f"{arguments.file} computes in float32: leave --precision out")
+        if arguments.save_released:
+            raise InputError(f"{arguments.file} is no checkpoint: --save_released needs one")
+    return network
 
 
-def data_config(
-    arguments: argparse.Namespace, model: nn.Module, loaded: LoadedNetwork | None
-) -> Config:
+def data_config(arguments: argparse.Namespace, network: LoadedNetwork | ExportedNetwork) -> Config:
     """Step 2's defaults, over them the sizes that the network brings, over all the options."""
     given = {name: getattr(arguments, name) for name in DATA_OPTIONS}
     options = [text for k, v in given.items() if v is not None for text in (f"--{k}", v)]
     config = parse_config(DEFAULTS, options)
-    source = loaded or model
-    own = {name: getattr(source, name) for name in ("image_size", "val_resize")}
+    own = {name: getattr(network, name) for name in ("image_size", "val_resize")}
     return dataclasses.replace(config, **{k: v for k, v in own.items() if given[k] is None})
 
 

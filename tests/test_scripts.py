@@ -76,6 +76,58 @@ def test_onnx_file_evaluates_at_the_size_it_was_trained_for(
     assert told["loss"] == pytest.approx(json.loads(evaluate(trained, "--json").out)["loss"], 0.05)
 
 
+@pytest.mark.parametrize("form", ["latent", "exact.pth.tar", "packed.safetensors"])
+def test_openvino_network_of_any_form_evaluates_as_the_checkpoint(
+    trained, evaluate, run_script, tmp_path, form
+):
+    pytest.importorskip("openvino")
+    source = trained
+    if form != "latent":
+        source = tmp_path / form
+        run_script("convert", trained, "--to", form.split(".")[0], "--output", source)
+    path = tmp_path / "network.xml"
+    converted = run_script("convert", source, "--to", "openvino", "--output", path)
+    assert converted.code == 0, converted.err
+    assert f"{path} and {tmp_path / 'network.bin'}: " in converted.out
+    told, before = (json.loads(evaluate(file, "--json").out) for file in (path, trained))
+    assert told["images"] == COUNT and told["network"] == str(path)
+    assert told["loss"] == pytest.approx(before["loss"], 0.05)
+    evaluate(path, "--precision", "float64").assert_one_sentence("computes in float32")
+    path.with_suffix(".bin").write_bytes(b"")
+    evaluate(path).assert_one_sentence("damaged")
+
+
+def test_classes_have_names_and_shares_for_every_form(trained, run_script, image_folder, tmp_path):
+    pytest.importorskip("openvino")
+    packed, graph = tmp_path / "packed.safetensors", tmp_path / "network.xml"
+    run_script("convert", trained, "--to", "packed", "--output", packed)
+    run_script("convert", trained, "--to", "openvino", "--output", graph)
+    pictures = [image_folder / "val" / name / "0.png" for name in CLASSES]
+    for file in (trained, packed, graph):
+        result = run_script("classify", file, *pictures, "--classes", image_folder / "train")
+        assert result.code == 0, result.err
+        lines = result.out.splitlines()
+        assert len(lines) == len(pictures) * (1 + len(CLASSES))
+        assert lines[0].startswith(f"{pictures[0]}: ") and lines[0].endswith(" ms")
+        shares = [float(line.split()[0]) for line in lines[1 : 1 + len(CLASSES)]]
+        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, 0.01)
+        assert {line.split()[-1] for line in lines[1 : 1 + len(CLASSES)]} == set(CLASSES)
+    assert "class 2" in run_script("classify", packed, pictures[0]).out
+
+
+def test_classification_refuses_what_it_cannot_read(trained, run_script, image_folder, tmp_path):
+    picture = image_folder / "val" / CLASSES[0] / "0.png"
+    text = tmp_path / "text.png"
+    text.write_text("no image")
+    run_script("classify", trained, text).assert_one_sentence("cannot decode image", "text.png")
+    run_script("classify", trained, tmp_path / "none.png").assert_one_sentence("none.png")
+    (tmp_path / "only").mkdir()
+    wrong = ("classify", trained, picture, "--classes", tmp_path)
+    run_script(*wrong).assert_one_sentence("has 3 classes and", "train/")
+    nowhere = ("classify", trained, picture, "--classes", tmp_path / "none")
+    run_script(*nowhere).assert_one_sentence("is no folder")
+
+
 def test_expected_accuracy_is_checked_against_the_interval(trained, evaluate):
     low, high = json.loads(evaluate(trained, "--json").out)["top1_interval"]
     assert evaluate(trained, "--expect", (low + high) / 2).code == 0
@@ -156,6 +208,13 @@ def test_conversion_refuses_what_would_lose_something(trained, run_script, run_s
 
     name = ("convert", trained, "--to", "packed", "--output", tmp_path / "packed.bin")
     run_script(*name).assert_one_sentence("named *.safetensors")
+    for form, suffix in (("onnx", ".onnx"), ("openvino", ".xml")):
+        named = ("convert", trained, "--to", form, "--output", tmp_path / "network.bin")
+        run_script(*named).assert_one_sentence(f"named *{suffix}")
+    (tmp_path / "network.bin").write_text("mine")
+    beside = ("convert", trained, "--to", "openvino", "--output", tmp_path / "network.xml")
+    run_script(*beside).assert_one_sentence("network.bin exists and is kept")
+    run_script(*beside, "--force", "--batch", 0).assert_one_sentence("a whole number above 0")
     nowhere = ("convert", trained, "--to", "exact", "--output", tmp_path / "none" / "x")
     run_script(*nowhere).assert_one_sentence("cannot write")
     run_step(1, epochs=1)

@@ -38,6 +38,13 @@ def boolean(text: str) -> bool:
     return text == "true"
 
 
+def positive(text: str) -> int:
+    """Argument type of whole numbers above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
+    return int(text)
+
+
 def add_network_options(parser: Parser) -> None:
     """What the caller must say of a network where its file does not tell."""
     parser.add_argument(

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -70,6 +71,13 @@ def no_lighting() -> torch.Tensor:
 LIGHTING = {"released": Lighting(scale=1.0), "textbook": Lighting(scale=255.0), "none": no_lighting}
 
 
+class ImageSizes(Protocol):
+    """Pixels of an image for a network, and of its shorter side before the central crop."""
+
+    image_size: int
+    val_resize: int
+
+
 class TrainTransform:
     """PIL image -> its bytes (3, size, size), and what Lighting adds to each channel, (3,).
 
@@ -91,9 +99,9 @@ class TrainTransform:
 class ValTransform:
     """Resize the shorter side, crop the centre: PIL image -> as `TrainTransform`, without noise."""
 
-    def __init__(self, config: Config):
-        self.resize = transforms.Resize(config.val_resize)
-        self.crop = transforms.CenterCrop(config.image_size)
+    def __init__(self, sizes: ImageSizes):
+        self.resize = transforms.Resize(sizes.val_resize)
+        self.crop = transforms.CenterCrop(sizes.image_size)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         return pil_to_tensor(self.crop(self.resize(image))), no_lighting()

@@ -1,0 +1,253 @@
+"""OpenVINO: binary layers equal integers, networks equal float64, wrong engines are refused."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_exact_and_packed import trained_like
+from torch import nn
+
+from models import MODELS, build_model
+from models.exact import binary_convolutions, with_exact_weights
+from models.openvino_check import LayerShape, computed_and_exact, kernels
+from models.openvino_graph import build_graph, thresholds
+from models.openvino_network import (
+    OpenVinoNetwork,
+    _check,
+    constants_path,
+    load_engine,
+    write_openvino,
+)
+from utils.binarize import Sign, shifted
+from utils.errors import InputError
+
+pytest.importorskip("openvino")
+openvino = load_engine()
+
+# The engine's own setting and that of the library in it: with one alone, parts use more.
+AVX2 = {"OV_CPU_MAX_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+TIE = 2e-5  # inputs of Sign nearer to 0 may have another sign in float32
+
+
+def assert_exact(shape: LayerShape, seed: int = 0) -> None:
+    computed, exact, used = computed_and_exact(openvino, shape, seed)
+    assert computed.shape == exact.shape and (computed == exact).all(), (shape, seed)
+    assert used and all(name.startswith("jit_") for name in used), used
+
+
+def layer_shapes(name: str) -> set[tuple[int, ...]]:
+    with torch.device("meta"):
+        convolutions = binary_convolutions(build_model(name)).values()
+    return {(c.in_channels, c.out_channels, c.kernel_size[0], c.stride[0]) for c in convolutions}
+
+
+ALL_LAYERS = sorted(set.union(*map(layer_shapes, MODELS)))
+
+
+@pytest.mark.parametrize("layer", ALL_LAYERS, ids=str)
+def test_every_layer_of_every_network_equals_integers_at_odd_sizes_and_batches(layer):
+    assert_exact(LayerShape(*layer, height=7, width=5, batch=3))
+    assert_exact(LayerShape(*layer, height=1, width=9, batch=1, fused=True))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_layer_equals_integers(seed):
+    rng = np.random.default_rng(seed)
+    inputs, outputs = map(int, rng.integers(1, 70, 2))
+    kernel_size, stride = int(rng.choice([1, 3])), int(rng.choice([1, 2]))
+    height, width = map(int, rng.integers(1, 14, 2))
+    batch = int(rng.integers(1, 4))
+    shape = LayerShape(inputs, outputs, kernel_size, stride, height, width, batch, seed % 2 == 0)
+    assert_exact(shape, seed)
+
+
+def test_a_threshold_is_the_last_float_below_sign_s_turn():
+    rng = np.random.default_rng(0)
+    scale = rng.normal(size=1000)
+    shift = np.where(rng.random(1000) < 0.2, 0.0, rng.normal(size=1000))
+    t, signs = thresholds(scale, shift)
+    assert t.dtype == np.float32
+    for x in (t, *(np.nextafter(t, np.float32(end)) for end in (-np.inf, np.inf))):
+        expected = np.where(scale * x.astype(np.float64) + shift >= 0, 1, -1)
+        assert (signs * np.where(x > t, 1, -1) == expected).all()
+    t, signs = thresholds(np.zeros(2), np.array([0.5, -0.5]))
+    assert (t == np.finfo(np.float32).min).all() and signs.tolist() == [1, -1]
+
+
+@torch.no_grad()
+def in_float64(model: nn.Module, images: torch.Tensor):
+    """Logits, the sums of every binary convolution, and how near each image comes to a tie."""
+    exact = with_exact_weights(model)
+    sums, nearest = {}, []
+    for name, module in exact.named_modules():
+        if isinstance(module, Sign):
+            module.register_forward_pre_hook(
+                lambda _, inputs: nearest.append(shifted(*inputs).abs().amin((1, 2, 3)))
+            )
+        if name in binary_convolutions(exact):
+            module.register_forward_hook(
+                lambda _, inputs, output, name=name: sums.update({name: output})
+            )
+    logits = exact(images.double())
+    return logits, sums, torch.stack(nearest).amin(0)
+
+
+def compiled_with_sums(model: nn.Module, images: torch.Tensor):
+    """The engine's logits, and the sums that each of its binary convolutions gives, by name."""
+    network = build_graph(openvino, model, images.shape[-1], len(images))
+    layers = [node for node in network.get_ops() if node.get_type_name() == "BinaryConvolution"]
+    outputs = [network.output(0), *(node.output(0) for node in layers)]
+    told = openvino.Model(outputs, network.get_parameters())
+    compiled = openvino.Core().compile_model(told, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    logits, *sums = compiled(images.numpy()).to_tuple()
+    names = [node.get_friendly_name() for node in layers]
+    return logits, dict(zip(names, sums, strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("width", "size", "small"), [(1 / 8, 33, False), (3 / 32, 15, True)])
+def test_every_binary_layer_in_its_network_gives_the_integers_of_float64(name, width, size, small):
+    model = trained_like(name, width=width, small_images=small)
+    batch = torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(2))
+    expected, exact_sums, nearest = in_float64(model, batch)
+    away = (nearest > TIE).numpy()
+    assert away.sum() >= 3
+    logits, sums = compiled_with_sums(model, batch)
+    for layer, computed in sums.items():
+        exact = exact_sums.pop(layer)
+        if layer.endswith("binary_pw_down1"):  # both in one
+            exact = torch.cat([exact, exact_sums.pop(layer.replace("down1", "down2"))], dim=1)
+        if model.get_submodule(layer).in_channels % 2:
+            exact = 2 * exact  # halved by the scale that follows
+        assert (computed[away] == exact.numpy()[away]).all(), layer
+    assert not exact_sums
+    assert abs(logits - expected.numpy())[away].max() < 5e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_reference_kernel_and_float32_throughout(name):
+    network = build_graph(openvino, trained_like(name), 32, 1)
+    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert all(kernel.startswith("jit_") for kernel in kernels(compiled))
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+@torch.no_grad()
+def test_a_written_network_answers_as_the_network_for_any_number_of_images(tmp_path, batch):
+    model = trained_like("reactnet_r18").float()
+    path = tmp_path / "network.xml"
+    write_openvino(model, path, 32, batch, val_resize=36)
+    network = OpenVinoNetwork(path, threads=1)
+    assert (network.image_size, network.val_resize, network.batch) == (32, 36, batch)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected, _, nearest = in_float64(model.double(), images)
+    for count in (1, 3, 4):
+        difference = (network(images[:count]) - expected[:count]).abs().amax(1)
+        assert (difference < 5e-5)[nearest[:count] > TIE].all()
+
+
+def test_reactnet_a_is_written_below_8_2_megabytes(tmp_path):
+    path = tmp_path / "network.xml"
+    model = trained_like("reactnet_a", width=1.0, num_classes=1000, small_images=False)
+    write_openvino(model, path, 224, None, val_resize=256)
+    size = path.stat().st_size + constants_path(path).stat().st_size
+    assert 7.9e6 < size < 8.2e6
+
+
+def test_real_weights_and_real_activations_are_refused(tmp_path):
+    for option, what in (("binary_weights", "real weights"), ("binary_activations", "real act")):
+        model = trained_like("reactnet_a", **{option: False})
+        with pytest.raises(InputError, match=what):
+            write_openvino(model, tmp_path / "network.xml", 32, 1, 32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_foreign_or_incomplete_network_is_one_sentence(tmp_path):
+    path = tmp_path / "network.xml"
+    write_openvino(trained_like("bireal_r18"), path, 32, None, 32)
+    graph, constants = path.read_bytes(), constants_path(path).read_bytes()
+    flipped = bytearray(constants)
+    flipped[len(flipped) // 2] ^= 1
+    unmarked = graph.replace(b"adambnn", b"another")
+    damages = [
+        (b"", constants, "not a binary network for OpenVINO, or a damaged one"),
+        (graph[:2000], constants, "not a binary network for OpenVINO, or a damaged one"),
+        (b"not a network", constants, "not a binary network for OpenVINO, or a damaged one"),
+        (unmarked, constants, "not a binary network for OpenVINO, or a damaged one"),
+        (graph, constants[:-1], "damaged"),
+        (graph, b"", "damaged"),
+        (graph, bytes(flipped), "is damaged, or not of network.xml"),
+    ]
+    for damaged_graph, damaged_constants, words in damages:
+        path.write_bytes(damaged_graph)
+        constants_path(path).write_bytes(damaged_constants)
+        with pytest.raises(InputError, match=words) as caught:
+            OpenVinoNetwork(path)
+        assert "\n" not in str(caught.value)
+    constants_path(path).unlink()
+    with pytest.raises(InputError, match=r"network\.bin beside it does not exist"):
+        OpenVinoNetwork(path)
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(InputError, match="pip install -r requirements-openvino"):
+        load_engine()
+
+
+@pytest.mark.parametrize("release", ["2026.3.0", "2026.3.1"])
+def test_releases_known_to_be_wrong_are_refused(monkeypatch, release):
+    monkeypatch.setattr(openvino, "__version__", f"{release}-22476-759c5a6ab8c-releases/2026/3")
+    with pytest.raises(InputError, match=f"OpenVINO {release} computes binary convolutions wrong"):
+        load_engine()
+
+
+@pytest.fixture
+def untried():
+    """The engine as before its first use, and afterwards again."""
+    _check.cache_clear()
+    yield
+    _check.cache_clear()
+
+
+def test_an_engine_found_to_be_wrong_is_refused(monkeypatch, untried, tmp_path):
+    # What 2026.3.1 does: bits in another order than they are written.
+    in_order = np.packbits
+    monkeypatch.setattr(np, "packbits", lambda bits, bitorder: in_order(bits))
+    with pytest.raises(InputError, match=r"computes binary convolutions wrongly on this CPU \("):
+        write_openvino(trained_like("bireal_r18"), tmp_path / "network.xml", 32, None, 32)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kernel", ["ref_u1", None])
+def test_a_cpu_without_binary_kernels_is_refused(monkeypatch, untried, kernel):
+    def tried(engine, shape):
+        if kernel is None:
+            raise RuntimeError("Exception from src/plugins: not implemented\nmore lines")
+        _, exact, _ = computed_and_exact(engine, shape)
+        return exact, exact, {kernel}
+
+    monkeypatch.setattr("models.openvino_network.computed_and_exact", tried)
+    with pytest.raises(InputError, match="for this CPU: they need x86-64") as caught:
+        load_engine()
+    assert "\n" not in str(caught.value)
+
+
+def test_held_to_avx2_the_layers_are_exact_too():
+    program = """
+from test_openvino import *
+for seed in range(8):
+    test_any_layer_equals_integers(seed)
+print(*computed_and_exact(openvino, LayerShape(40, 24, 3, 2, 7, 5))[2])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **AVX2, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
+    )
+    assert run.stdout == "jit_avx2_u1\n", run.stderr
