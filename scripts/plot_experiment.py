@@ -117,10 +117,7 @@ def bars(axes: Axes, table: Table, column: str, title: str) -> None:
         axes.plot(values, [place] * len(values), "k.", markersize=4)
         axes.text(values.max(), place, f" {values.mean():.2f}", va="center", fontsize=8)
     axes.set_yticks(range(len(runs)), list(reversed(runs)), fontsize=8)
-    if runs:
-        low = min(table.where(run=run).numbers(column).min() for run in runs)
-        axes.set_xlim(left=max(0.0, low - 10))
-        axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("top-1 %")
 
