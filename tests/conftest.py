@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from step1.train import main as step1_main
 from step2.train import main as step2_main
 from utils.shapes import draw_shape
 
 ROOT = Path(__file__).parents[1]
+# On networks this small threads, also those of the programs that tests start, only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 CLASSES = ("bars", "disc", "star")
 TRAIN, VAL = 8, 5  # images of each class
 # The smallest run of either step: 3 batches an epoch on a network of width 1/32.
