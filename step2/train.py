@@ -67,8 +67,8 @@ def train(config: Config, process: Process) -> None:
     teacher = load_teacher(
         config.teacher, config.teacher_checkpoint, classes, config.image_size, device
     )
-    measures = live_measures(config, process, student, val_images, resumed.measures)
     teacher = compiled(place(teacher, device, config.channels_last), config.compile)
+    measures = live_measures(config, process, student, val_images, resumed.measures)
     network = compiled(student, config.compile)
     model = distribute(network, process, config.sync_bn)
     with (
