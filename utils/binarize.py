@@ -38,6 +38,11 @@ def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return _ones_where(torch.lt, x, 0, dtype).mul_(-2).add_(1)
 
 
+def _scaled_sign(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """mean|w[o]| * Sign(w[o]), in `dtype`."""
+    return _sign(w, dtype) * channel_scale(w).to(dtype)
+
+
 def shifted(x: Tensor, shift: Tensor | None = None) -> Tensor:
     """x, or x + b with a shift per channel."""
     return x if shift is None else x + shift
@@ -111,8 +116,8 @@ class RPReLUFunction(torch.autograd.Function):
         grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
         slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
         grad_x = torch.addcmul(grad, of_negative, slope_less_1)
-        grads_of_shifts = _to_shape_of(grad_x, before), _to_shape_of(grad, after)
-        return grad_x.to(x.dtype), grads_of_shifts[0], grad_slope, grads_of_shifts[1]
+        grad_before, grad_after = _to_shape_of(grad_x, before), _to_shape_of(grad, after)
+        return grad_x.to(x.dtype), grad_before, grad_slope, grad_after
 
 
 class ScaledSignClipSTE(torch.autograd.Function):
@@ -121,7 +126,7 @@ class ScaledSignClipSTE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, w: Tensor) -> Tensor:
         ctx.save_for_backward(w)
-        return _sign(w) * channel_scale(w)
+        return _scaled_sign(w, w.dtype)
 
     @staticmethod
     @once_differentiable
@@ -143,7 +148,7 @@ class BinaryConvolution(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, w)
         if dtype == w.dtype:
-            return F.conv2d(x, _sign(w) * channel_scale(w), None, *ctx.geometry)
+            return F.conv2d(x, _scaled_sign(w, dtype), None, *ctx.geometry)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
         return y.mul_(channel_scale(w).view(1, -1, 1, 1))
 
@@ -151,10 +156,7 @@ class BinaryConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, w = ctx.saved_tensors
-        if x.dtype == w.dtype:
-            kernel = _sign(w) * channel_scale(w)
-        else:
-            kernel = _sign(w, x.dtype) * channel_scale(w).to(x.dtype)
+        kernel = _scaled_sign(w, x.dtype)
         stride, padding, dilation, groups = ctx.geometry
         needed = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]
         grad_x, grad_w, _ = torch.ops.aten.convolution_backward(
