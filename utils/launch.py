@@ -13,16 +13,23 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+
+from utils.command_line import EXIT_CODE, STOPPED_EXIT_CODE
 
 RESTARTS = "3"
 DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "300",
 }
-STOPPED = 75
-FINAL = (2, STOPPED)  # the user's mistake, which a restart would repeat, and a request to stop
+FINAL = (
+    EXIT_CODE,
+    STOPPED_EXIT_CODE,
+)  # the user's mistake, which a restart would repeat, and a request to stop
 
 
 def torchrun_settings(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
@@ -82,7 +89,7 @@ def run_once(script_and_options: Sequence[str]) -> int:
         run(parse_args(script_and_options))
         return 0
     except SignalException:
-        return STOPPED
+        return STOPPED_EXIT_CODE
     except ChildFailedError as error:
         # The process has already said what was wrong; torchrun's traceback would bury it.
         return error.get_first_failure()[1].exitcode
