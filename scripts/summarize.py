@@ -3,7 +3,6 @@
 python scripts/summarize.py --picture curves.png NAME=RUN_FOLDER ...
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -22,16 +21,9 @@ from utils.errors import InputError
 from utils.files import write_whole
 from utils.markdown import print_table
 from utils.operations import count_layers, total
+from utils.records import read_records
 
 HEADER = ("", "top-1 %", "best epoch", "parameters", "binary", "float32 KB", "packed KB", "MOPs")
-
-
-def read_records(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{folder} is not the folder of a run: cannot read {path}") from error
 
 
 def table_row(name: str, folder: Path) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Experiments as data: a YAML file lists runs as overrides of the two steps, at several scales.
 
-    title, claim    what the table or figure shows, and what the paper concludes from it
+    title, claim    for the reader: what it shows, and what the paper concludes from it
     measure         how the runs become rows of the CSV (see scripts/run_experiment.py)
     runs            name -> step (1 or 2), after (a run above, whose best checkpoint it starts
                     from), scales (the only ones it belongs to), and options of that step; an
@@ -25,6 +25,7 @@ import yaml
 from utils.checkpoint import BEST
 from utils.config import Config, parse_config
 from utils.errors import InputError
+from utils.records import RECORDS, read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = ROOT / "scripts" / "experiments"
@@ -37,8 +38,6 @@ class Experiment:
     """One table or figure."""
 
     name: str
-    title: str
-    claim: str
     measure: str
     runs: Mapping[str, Mapping[str, Any]]
     published: Sequence[Mapping[str, Any]]
@@ -64,13 +63,12 @@ class Run:
         return ROOT / f"step{self.step}" / "train.py"
 
     def is_finished(self) -> bool:
-        """Its last epoch has been recorded; `utils.runlog` writes the records whole."""
-        records = self.folder / "metrics.jsonl"
-        return records.exists() and records.read_text().count("\n") == self.config.epochs
+        """Its last epoch has been recorded."""
+        return (self.folder / RECORDS).exists() and len(self.records()) == self.config.epochs
 
     def records(self) -> list[dict[str, Any]]:
         """One record per epoch."""
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").open()]
+        return read_records(self.folder)
 
 
 def experiment_names() -> list[str]:
@@ -94,8 +92,6 @@ def read_experiment(name: str, scale: str) -> Experiment:
         raise InputError(f"experiment {name} has the unknown key {min(unknown)}")
     return Experiment(
         name,
-        content["title"],
-        content["claim"],
         content["measure"],
         {
             run: _at_scale(options, scale)
@@ -168,7 +164,7 @@ def _as_argument(value: Any) -> str:
 
 
 def _digest(config: Config, step: int, parent: Run | None) -> str:
-    # Defaults are left out, so that an option added later takes no run for another.
+    # Defaults are left out, so that an option added later changes no digest.
     deciding = {
         f.name: getattr(config, f.name)
         for f in dataclasses.fields(config)

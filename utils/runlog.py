@@ -1,7 +1,6 @@
 """What a run leaves behind in its folder: log, curves, one JSON line per epoch, configuration."""
 
 import contextlib
-import json
 import logging
 import operator
 import platform
@@ -24,6 +23,7 @@ from utils.engine import Meter
 from utils.errors import InputError
 from utils.files import write_whole
 from utils.measures import HISTOGRAM_LIMIT
+from utils.records import write_records
 
 LINE_EVERY = 100  # batches
 
@@ -109,7 +109,7 @@ class RunLog:
             InputError: the records could not be written, and still cannot.
         """
         if self.is_main:
-            self._record_lines(history)
+            write_records(self.folder, history)
         best = max(history, key=lambda record: record["val_top1"])
         self.line(
             f"finished: best val top-1 {best['val_top1']:.2f} % at epoch {best['epoch']},"
@@ -161,13 +161,9 @@ class RunLog:
 
     def _record(self, history: list[dict[str, Any]]) -> None:
         """The last record as scalars and histograms, all of them as lines."""
-        self._record_lines(history)
+        write_records(self.folder, history)
         self._add_curves("", history[-1], history[-1]["epoch"])
         self._curves.flush()
-
-    def _record_lines(self, history: list[dict[str, Any]]) -> None:
-        lines = "".join(json.dumps(record) + "\n" for record in history)
-        write_whole(self.folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
 
     def _add_curves(self, prefix: str, record: dict[str, Any], epoch: int) -> None:
         """A scalar for each number, `layers/NAME/...` for nested ones, histograms for counts."""
