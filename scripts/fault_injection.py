@@ -15,7 +15,6 @@ seed.
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import platform
@@ -37,11 +36,12 @@ import torch
 
 from step2.train import main as train
 from utils.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint
-from utils.command_line import Parser, command
+from utils.command_line import Parser, command, positive
 from utils.errors import InputError
 from utils.files import write_whole
 from utils.markdown import as_table
-from utils.shapes import draw_shape
+from utils.records import RECORDS, read_records
+from utils.shapes import draw_set
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("bars", "disc", "star")
@@ -73,7 +73,8 @@ class Bench:
         self.folder = folder
         self.rounds = rounds
         self.random = random.Random(seed)
-        self.images = write_images(folder / "images")
+        self.images = folder / "images"
+        draw_set(self.images, CLASSES, IMAGES, "{}.jpg")
 
     def arguments(self, save: Path, **options: Any) -> list[str]:
         values = {"data": self.images, "save": save, **TINY, **options}
@@ -112,15 +113,6 @@ def _train(log: Path, arguments: list[str], environment: Mapping[str, str]) -> N
     train()
 
 
-def write_images(folder: Path) -> Path:
-    for split, count in IMAGES.items():
-        for name in CLASSES:
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                draw_shape(split, name, index).save(folder / split / name / f"{index}.jpg")
-    return folder
-
-
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -156,8 +148,7 @@ def outcome(folder: Path) -> dict[str, Any]:
         del content["config"]
         content["history"] = [without_speed(record) for record in content["history"]]
         found[name] = content
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found["metrics.jsonl"] = [without_speed(json.loads(line)) for line in lines]
+    found[RECORDS] = [without_speed(record) for record in read_records(folder)]
     return found
 
 
@@ -354,15 +345,15 @@ FAULTS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="of each fault")
+    parser.add_argument("--rounds", type=positive, default=3, help="of each fault")
     parser.add_argument("--faults", default=",".join(FAULTS), help="some of the above")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", type=Path, help="a Markdown file that gets the table")
     arguments = parser.parse_args()
     arguments.faults = arguments.faults.split(",")
     unknown = [name for name in arguments.faults if name not in FAULTS]
-    if unknown or arguments.rounds < 1:
-        raise InputError(f"faults are {', '.join(FAULTS)}, and rounds at least 1")
+    if unknown:
+        raise InputError(f"faults are {', '.join(FAULTS)}, not {unknown[0]}")
     return arguments
 
 

@@ -12,7 +12,7 @@ import torch
 
 from step1.train import main as step1_main
 from step2.train import main as step2_main
-from utils.shapes import draw_shape
+from utils.shapes import draw_set
 
 ROOT = Path(__file__).parents[1]
 # On networks this small threads, also those of the programs that tests start, only wait.
@@ -34,12 +34,7 @@ TINY = {
 
 
 def write_images(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
-    for split, count in (("train", TRAIN), ("val", VAL)):
-        for name in classes:
-            (folder / split / name).mkdir(parents=True)
-            for index in range(count):
-                path = folder / split / name / f"{index}.png"
-                draw_shape(split, name, index).save(path)
+    draw_set(folder, classes, {"train": TRAIN, "val": VAL}, "{}.png")
     return folder
 
 

@@ -7,6 +7,7 @@ function of (split, class, index) alone.  `write_shapes` lays them out like Imag
 
 import shutil
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,23 @@ def draw_shape(split: str, name: str, index: int) -> Image.Image:
     return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
+def draw_set(
+    folder: Path, classes: Iterable[str], counts: Mapping[str, int], file_name: str
+) -> None:
+    """Draw the first images of each class of each split: `folder`/SPLIT/CLASS/FILE.
+
+    Args:
+        counts: split -> images of each class.
+        file_name: made from an image's index; its suffix is the format.
+    """
+    for split, count in counts.items():
+        for name in classes:
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                path = folder / split / name / file_name.format(index)
+                draw_shape(split, name, index).save(path)
+
+
 def write_shapes(folder: Path) -> None:
     """Draw the whole set into `folder`, which appears complete or not at all."""
     if folder.exists():
@@ -107,12 +125,7 @@ def write_shapes(folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        for split, count in _SPLITS.items():
-            for name in SHAPES:
-                (unfinished / split / name).mkdir(parents=True)
-                for index in range(count):
-                    path = unfinished / split / name / f"{index:04d}.png"
-                    draw_shape(split, name, index).save(path)
+        draw_set(unfinished, SHAPES, _SPLITS, "{:04d}.png")
         unfinished.chmod(0o755)
         # Another process may have finished first; its drawings are the same.
         if not folder.exists():
