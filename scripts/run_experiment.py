@@ -27,11 +27,11 @@ from models.loading import LoadedNetwork, load_network
 from models.teacher import load_teacher
 from utils import measures, surface, two_nodes
 from utils.checkpoint import NEWEST, kept
-from utils.command_line import Parser, command
+from utils.command_line import Parser, command, positive
 from utils.config import Config
 from utils.data import SeededImages, open_images, open_val_images, train_loader
 from utils.distributed import Process, training_process
-from utils.engine import train_one_epoch
+from utils.engine import train_one_epoch, validate
 from utils.errors import InputError
 from utils.experiments import (
     ROOT,
@@ -57,7 +57,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("name", help=", ".join(experiment_names()))
     parser.add_argument("--scale", choices=scale_names(), default="small")
     parser.add_argument("--quick", action="store_const", dest="scale", const="quick")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each, seeds 0, 1, ...")
+    parser.add_argument("--seeds", type=positive, default=1, help="runs of each, seeds 0, 1, ...")
     parser.add_argument("--out", type=Path, help="default: scripts/out/SCALE")
     return parser.parse_known_args()
 
@@ -77,7 +77,9 @@ def main() -> None:
         train_if_missing(run)
     table = out / f"{experiment.name}.csv"
     with training_process() as process:
-        write_csv(table, MEASURES[experiment.measure](experiment, runs, table, process))
+        measured = MEASURES[experiment.measure](experiment, runs, table, process)
+        published = ({"source": "published", **row} for row in experiment.published)
+        write_csv(table, itertools.chain(measured, published))
     picture = table.with_suffix(".png")
     plot = [sys.executable, str(ROOT / "scripts" / "plot_experiment.py")]
     drawn = subprocess.run([*plot, experiment.name, str(table), "--picture", str(picture)])
@@ -114,11 +116,6 @@ def write_csv(path: Path, rows: Iterable[Row]) -> None:
     write_whole(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def published_rows(experiment: Experiment) -> Iterator[Row]:
-    for row in experiment.published:
-        yield {"source": "published", **row}
-
-
 def identity(run: Run) -> Row:
     return {"source": "measured", "run": run.name, "seed": run.seed}
 
@@ -141,7 +138,6 @@ def results(experiment: Experiment, runs: Sequence[Run], *_) -> Iterator[Row]:
             "top5": records[-1]["val_top5"],
             "best_top1": max(record["val_top1"] for record in records),
         }
-    yield from published_rows(experiment)
 
 
 def mean_of(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -161,7 +157,6 @@ def epochs(experiment: Experiment, runs: Sequence[Run], *_) -> Iterator[Row]:
                 | {name: record[name] for name in columns}
                 | {name: record.get(name) for name in ("ff_ratio", "c2i_ratio")}
             )
-    yield from published_rows(experiment)
 
 
 def latents(experiment: Experiment, runs: Sequence[Run], *_) -> Iterator[Row]:
@@ -174,15 +169,14 @@ def latents(experiment: Experiment, runs: Sequence[Run], *_) -> Iterator[Row]:
             counts = [sum(column) for column in zip(*histograms, strict=True)]
             for row in histogram_rows(counts, measures.HISTOGRAM_LIMIT):
                 yield identity(run) | {"epoch": record["epoch"], "top1": record["val_top1"]} | row
-    yield from published_rows(experiment)
 
 
 def histogram_rows(counts: Sequence[int], limit: float) -> Iterator[Row]:
     width = 2 * limit / len(counts)
+    total = sum(counts)
     for index, count in enumerate(counts):
         left = -limit + index * width
-        share = count / sum(counts)
-        yield {"left": round(left, 6), "right": round(left + width, 6), "share": share}
+        yield {"left": round(left, 6), "right": round(left + width, 6), "share": count / total}
 
 
 def activations(
@@ -200,7 +194,6 @@ def activations(
             found = {"epoch": epoch, "saturation": measures.saturation(first)}
             for row in histogram_rows(counts, ACTIVATION_LIMIT):
                 yield identity(run) | found | row
-    yield from published_rows(experiment)
 
 
 def kernels(
@@ -213,7 +206,6 @@ def kernels(
         updates = measures.channel_absolute_mean(after - before).tolist()
         for kernel, (cam, update) in enumerate(zip(cams, updates, strict=True)):
             yield identity(run) | {"kernel": kernel, "cam": cam, "update_cam": update}
-    yield from published_rows(experiment)
 
 
 def one_more_step(run: Run, process: Process) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,14 +285,15 @@ def with_losses(
     directions = tuple(surface.filter_normalised_direction(model, generator) for _ in range(2))
     train_images, held_out = open_images(run.config, process)
     batches = spread(held_out, settings["images"], run.config, process)
-    recalibrates = settings["batch_norm"] == "recalibrated"
-    calibration = spread(train_images, RECALIBRATION_IMAGES, run.config, process)
+    calibration = []
+    if settings["batch_norm"] == "recalibrated":
+        calibration = spread(train_images, RECALIBRATION_IMAGES, run.config, process)
     for point in points:
         surface.move_to(model, centre, directions, point["alpha"], point["beta"])
-        if recalibrates:
+        if calibration:
             surface.recalibrate_batch_norm(model, calibration)
-        loss, top1 = surface.loss_and_top1(model, batches)
-        yield {**point, "loss": loss, "top1": top1}
+        found = validate(model, batches, process.device)
+        yield point | {name: found[name] for name in ("loss", "top1")}
 
 
 def two_node_paths(experiment: Experiment, *_) -> Iterator[Row]:
@@ -310,7 +303,6 @@ def two_node_paths(experiment: Experiment, *_) -> Iterator[Row]:
         path = two_nodes.descend(**optimizer, **settings, seed=0)
         for step, (x, y) in enumerate(path.tolist()):
             yield {"source": "measured", "run": name, "step": step, "x": x, "y": y}
-    yield from published_rows(experiment)
 
 
 def load_run(run: Run, path: Path) -> LoadedNetwork:

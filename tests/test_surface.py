@@ -8,6 +8,7 @@ from torch import nn
 
 from models import MODELS, build_model
 from utils import measures, surface, two_nodes
+from utils.engine import validate
 from utils.surface import filter_normalised_direction, move_to, moves
 
 
@@ -88,7 +89,8 @@ def test_loss_and_top1_are_means_over_all_images():
     model = tiny().eval()
     images = torch.cat([images for images, _ in batches()])
     labels = torch.cat([labels for _, labels in batches()])
-    loss, top1 = surface.loss_and_top1(model.train(), batches())
+    found = validate(model.train(), batches(), torch.device("cpu"))
+    loss, top1 = found["loss"], found["top1"]
     logits = model.eval()(images)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())

@@ -7,7 +7,6 @@ binary network w are the latent weights, and Sign and the scale follow from the 
 from collections.abc import Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Direction = Mapping[str, Tensor]
@@ -72,18 +71,3 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Ten
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
-
-
-@torch.no_grad()
-def loss_and_top1(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[float, float]:
-    """Mean cross-entropy on the labels, and top-1 in percent, in eval mode."""
-    model.eval()
-    loss = hits = images_seen = 0
-    for images, labels in batches:
-        logits = model(images)
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        hits += (logits.argmax(1) == labels).sum().item()
-        images_seen += len(labels)
-    return loss / images_seen, 100 * hits / images_seen
