@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+INPUT, OUTPUT = "images", "logits"
 VAL_RESIZE = "val_resize"  # metadata: shorter side of validation images before the central crop
 
 

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from models.exact import with_plain_convolutions
-from models.exported import VAL_RESIZE, ExportedNetwork
+from models.exported import INPUT, OUTPUT, VAL_RESIZE, ExportedNetwork
 from utils.errors import InputError
 from utils.files import write_whole
 
 SUFFIX = ".onnx"
-INPUT, OUTPUT = "images", "logits"
 
 
 def _onnxruntime():

@@ -16,13 +16,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from models.exact import with_exact_weights
+from models.exported import INPUT, OUTPUT
 from models.layers import ChannelShift
 from models.reactnet import Block, ReActNetA
 from models.resnet import BinaryResNet18, BiRealBlock, LearnedScale, ReActBlock, StrongBaselineBlock
 from utils.binarize import Sign
 from utils.errors import InputError
 
-INPUT, OUTPUT = "images", "logits"
 CHANNEL_BLOCK = 8  # the engine binarizes whole bytes of channels, and is wrong on a part of one
 NO_PADDING = [0, 0]
 

@@ -22,7 +22,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from utils.command_line import Parser, command
+from utils.command_line import Parser, command, positive
 from utils.errors import InputError
 from utils.markdown import print_table
 
@@ -47,12 +47,11 @@ def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="with train/<class>/ and val/<class>/")
     parser.add_argument("--val_dir", default="val", help="name of the validation folder")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes")
+    parser.add_argument(
+        "--workers", type=positive, default=os.cpu_count(), help="decoding processes"
+    )
     parser.add_argument("--classes", action="store_true", help="also print the count of each class")
-    arguments = parser.parse_args()
-    if arguments.workers < 1:
-        raise InputError("workers must be at least 1")
-    return arguments
+    return parser.parse_args()
 
 
 @command
