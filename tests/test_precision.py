@@ -62,6 +62,43 @@ def test_the_residual_path_stays_in_float32_under_autocast():
         assert block(torch.randn(2, 4, 8, 8)).dtype == torch.float32
 
 
+def test_what_is_kept_for_the_backward_pass_is_kept_in_bfloat16():
+    block = tiny().layer1[0]
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    x = torch.randn(2, 4, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(CPU, "bfloat16"):
+        block(x)
+    assert {t.dtype for t in kept if t.shape == x.shape} == {torch.bfloat16}
+
+
+def test_gradients_of_the_residual_path_stay_in_float32_under_autocast():
+    x = torch.full((1, 1, 1, 1), -1.0, requires_grad=True)
+    with autocast(CPU, "bfloat16"):
+        y = RPReLU(1)(x)
+    y.backward(torch.full_like(y, 1 + 2**-20))
+    assert x.grad.dtype == torch.float32 and x.grad.item() == 0.25 * (1 + 2**-20)
+
+
+@pytest.mark.parametrize("fast", [{}, {"channels_last": True}, {"compile": True}])
+def test_the_fused_update_is_the_elementary_one_in_every_memory_layout(fast):
+    if fast.get("compile") and shutil.which("g++") is None:
+        pytest.skip("torch.compile on a CPU needs g++")
+    updated = []
+    for fused in (True, False):
+        model = place(tiny().double(), CPU, fast.get("channels_last", False))
+        optimizer = build_optimizer(model, 1e-2, 1e-4, options={"fused": fused})
+        network = compiled(model, fast.get("compile", False))
+        train_one_epoch(network, None, [batch(dtype=torch.float64)], optimizer, CPU)
+        updated.append(model.state_dict())
+    for name, mine in updated[0].items():
+        torch.testing.assert_close(mine, updated[1][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
 @pytest.mark.parametrize("name", ["reactnet_a", "strong_baseline_r18"])
 def test_channels_last_computes_the_same_in_float64(name):
     model = tiny(name).double()

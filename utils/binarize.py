@@ -6,7 +6,8 @@ more than its inputs, from which the backward pass computes the rest again.  `Si
 `torch.sign`, leaves it at 0), so its output has two values and no third.
 
 Under autocast Sign and the binary convolution give what the next operation wants, in the lower
-precision, where -1 and +1 are exact; the scale is applied to the convolution's output.
+precision, where -1 and +1 are exact; the scale is applied to the convolution's output.  What is
+kept for the backward pass is kept in the lower precision as well.
 """
 
 import torch
@@ -58,13 +59,14 @@ class _SignSTE(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, shift: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, shift)
-        return _sign(shifted(x, shift), _lower_precision(x))
+        ctx.dtype, dtype = x.dtype, _lower_precision(x)
+        ctx.save_for_backward(x.to(dtype), shift)
+        return _sign(shifted(x, shift), dtype)
 
     @classmethod
     def _backward(cls, ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, shift = ctx.saved_tensors
-        grad = cls.derivative(shifted(x, shift)).mul_(grad)
+        grad = cls.derivative(shifted(x.to(ctx.dtype), shift)).mul_(grad)
         return grad, _to_shape_of(grad, shift)
 
 
@@ -102,7 +104,8 @@ class RPReLUFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, before: Tensor | None, slope: Tensor, after: Tensor | None):
-        ctx.save_for_backward(x, before, slope, after)
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(x.to(_lower_precision(x)), before, slope, after)
         with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
             y = F.prelu(shifted(x, before).to(slope.dtype), slope)
         return y if after is None else y.add_(after)
@@ -117,7 +120,7 @@ class RPReLUFunction(torch.autograd.Function):
         slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
         grad_x = torch.addcmul(grad, of_negative, slope_less_1)
         grad_before, grad_after = _to_shape_of(grad_x, before), _to_shape_of(grad, after)
-        return grad_x.to(x.dtype), grad_before, grad_slope, grad_after
+        return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after
 
 
 class ScaledSignClipSTE(torch.autograd.Function):
