@@ -4,7 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from utils.binarize import BinaryConv2d, LatentConv2d, Sign, shifted
 from utils.errors import InputError
@@ -20,6 +22,31 @@ class ChannelShift(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+
+class _HalvingMean(torch.autograd.Function):
+    """Means of 2x2 windows of an even size; each pixel's gradient is a quarter of its window's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return F.interpolate(grad / 4, scale_factor=2)
+
+
+class HalvingPool(nn.AvgPool2d):
+    """Means of 2x2 windows: (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self):
+        super().__init__(2, ceil_mode=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            return super().forward(x)
+        return _HalvingMean.apply(x)  # torch.compile makes far slower code of torch's own gradient
 
 
 class KeepReal(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.exact import with_exact_weights
 from models.exported import INPUT, OUTPUT
-from models.layers import ChannelShift
+from models.layers import ChannelShift, HalvingPool
 from models.reactnet import Block, ReActNetA
 from models.resnet import BinaryResNet18, BiRealBlock, LearnedScale, ReActBlock, StrongBaselineBlock
 from utils.binarize import Sign
@@ -148,7 +148,7 @@ class Graph:
         x = self.plain(x)
         return replace(x, node=self.op.prelu(x.node, self.constant(_vector(layer.weight))))
 
-    def average_pool(self, x: Value, layer: nn.AvgPool2d) -> Value:
+    def average_pool(self, x: Value, layer: HalvingPool) -> Value:
         size = [layer.kernel_size] * 2
         node = self.op.avg_pool(x.node, size, NO_PADDING, NO_PADDING, size, True, "ceil")
         return replace(x, node=node)
@@ -210,7 +210,7 @@ class Graph:
         """x itself, average pooling, or pooling, a real-valued 1x1 convolution and BN."""
         kinds = {
             nn.Identity: lambda x, _: x,
-            nn.AvgPool2d: self.average_pool,
+            HalvingPool: self.average_pool,
             nn.Conv2d: self.convolution,
             nn.BatchNorm2d: self.batch_norm,
         }

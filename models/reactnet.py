@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.layers import ChannelShift, conv_factory, scaled_width, sign_factory
+from models.layers import ChannelShift, HalvingPool, conv_factory, scaled_width, sign_factory
 from utils.binarize import RPReLU
 
 # Output channels of the stem and of the 13 blocks, at width 1.
@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.sign1 = sign()
         self.binary_3x3 = conv(c, c, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(c)
-        self.shortcut = nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity()
+        self.shortcut = HalvingPool() if stride == 2 else nn.Identity()
         self.move12 = ChannelShift(c)
         self.prelu1 = RPReLU(c)
         self.move13 = ChannelShift(c)

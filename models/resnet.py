@@ -9,7 +9,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.layers import ChannelShift, KeepReal, conv_factory, scaled_width, sign_factory
+from models.layers import (
+    ChannelShift,
+    HalvingPool,
+    KeepReal,
+    conv_factory,
+    scaled_width,
+    sign_factory,
+)
 from utils.binarize import RPReLU
 
 CHANNELS = (64, 128, 256, 512)  # of the four stages at width 1
@@ -21,7 +28,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
-        nn.AvgPool2d(2, ceil_mode=True) if stride == 2 else nn.Identity(),
+        HalvingPool() if stride == 2 else nn.Identity(),
         nn.Conv2d(in_channels, out_channels, 1, bias=False),
         nn.BatchNorm2d(out_channels),
     )

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 
+from models.layers import HalvingPool
 from utils.binarize import BinaryConv2d, RPReLU, Sign
 from utils.data import IMAGENET_MEAN, IMAGENET_STD
 
@@ -61,7 +62,17 @@ class ComposedBinaryConv2d(BinaryConv2d):
         return F.conv2d(x, binarize_weight(self.weight), None, self.stride, self.padding)
 
 
-COMPOSED = {Sign: ComposedSign, RPReLU: ComposedRPReLU, BinaryConv2d: ComposedBinaryConv2d}
+class ComposedHalvingPool(HalvingPool):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2, ceil_mode=True)
+
+
+COMPOSED = {
+    Sign: ComposedSign,
+    RPReLU: ComposedRPReLU,
+    BinaryConv2d: ComposedBinaryConv2d,
+    HalvingPool: ComposedHalvingPool,
+}
 
 
 def composed(model: nn.Module) -> nn.Module:

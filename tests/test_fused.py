@@ -6,6 +6,7 @@ from composed import binarize_weight as binarize_by_detaching
 from composed import composed, sign_clip, sign_polynomial
 
 from models import MODELS, build_model
+from models.layers import HalvingPool
 from utils import binarize
 from utils.losses import soft_target_loss
 from utils.optim import build_optimizer
@@ -67,6 +68,17 @@ def test_binary_convolution_has_the_composed_values_and_gradients(kernel, stride
     inputs = (x, conv.weight)
     for mine, other in zip(gradients(ours, inputs), gradients(theirs, inputs), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(6, 8), (5, 8), (6, 7), (1, 1)])
+def test_the_halving_pool_has_the_values_and_gradients_of_torchs_own(size, layout):
+    (x,) = leaves((2, 3, *size))
+    x = x.detach().to(memory_format=layout).requires_grad_()
+    ours = HalvingPool()(x)
+    theirs = torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True)
+    assert torch.equal(ours, theirs)
+    assert torch.equal(gradients(ours, x)[0], gradients(theirs, x)[0])
 
 
 def test_the_weight_binarizer_is_the_composed_one_to_a_rounding():
