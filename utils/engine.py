@@ -17,7 +17,7 @@ from utils.precision import autocast
 
 
 class NotFinite(ArithmeticError):
-    """The loss or the gradient of a batch is not finite; the weights have not seen it."""
+    """The loss of a batch or its gradient's norm is not finite; the weights have not seen it."""
 
 
 class Meter:
@@ -129,11 +129,10 @@ def train_one_epoch(
 
 @torch.no_grad()
 def refuse_not_finite(loss: Tensor, model: nn.Module) -> None:
-    """Raise NotFinite unless the loss and every gradient of `model` are finite."""
+    """Raise NotFinite unless the loss and the norm of the gradient of `model` are finite."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    largest = get_total_norm(gradients, norm_type=math.inf)
-    values = torch.stack([loss.float(), largest]).tolist()
-    for name, value in zip(("loss", "gradient"), values, strict=True):
+    values = torch.stack([loss.float(), get_total_norm(gradients)]).tolist()
+    for name, value in zip(("loss", "gradient's norm"), values, strict=True):
         if not math.isfinite(value):
             raise NotFinite(f"the {name} is {value}")
 
