@@ -355,6 +355,7 @@ DRAWINGS: dict[str, Callable[[Table], Figure]] = {
     "fig6": draw_two_nodes,
     "fig7": draw_latents,
     "fig8": draw_rates,
+    "precision": draw_accuracies,
 }
 
 

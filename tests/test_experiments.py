@@ -14,6 +14,7 @@ from utils.errors import InputError
 from utils.experiments import experiment_names, read_experiment, resolve_runs, scale_names
 
 TABLES_AND_FIGURES = {*(f"table{n}" for n in range(1, 5)), *(f"fig{n}" for n in range(1, 9))}
+EXPERIMENTS = TABLES_AND_FIGURES | {"precision"}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -44,12 +45,12 @@ def pretend_finished(name: str, options: list[str], out: Path, **record) -> None
 
 
 def test_there_is_one_file_for_each_table_and_figure_and_all_can_be_measured_and_drawn():
-    assert set(experiment_names()) == set(DRAWINGS) == TABLES_AND_FIGURES
+    assert set(experiment_names()) == set(DRAWINGS) == EXPERIMENTS
     assert {read_experiment(name, "small").measure for name in experiment_names()} == set(MEASURES)
 
 
 @pytest.mark.parametrize("scale", scale_names())
-@pytest.mark.parametrize("name", sorted(TABLES_AND_FIGURES))
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_every_experiment_resolves_at_every_scale(name, scale, tmp_path):
     experiment = read_experiment(name, scale)
     runs = resolve_runs(experiment, scale, 2, tmp_path, [])
