@@ -4,6 +4,7 @@
     python scripts/benchmark.py step           a training step against the composed one
     python scripts/benchmark.py evaluation     a forward pass against the composed one
     python scripts/benchmark.py loader         loading one image against the released transforms
+    python scripts/benchmark.py inference      engines with and without bits, see its --help
 
 `composed` is the same computation from elementary operations (tests/composed.py), in float32, eager
 and NCHW; the other side takes --precision, --compile and --channels_last.  `step --split` tells
@@ -13,6 +14,7 @@ how long teacher, forward, backward and optimizer take, one after the other.
 import argparse
 import io
 import json
+import os
 import platform
 import statistics
 import sys
@@ -41,6 +43,7 @@ from utils.precision import PRECISIONS, autocast, compiled, place, set_precision
 
 Sides = dict[str, Callable[[], None]]
 STEP2 = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
+INFERENCE = Path(__file__).with_name("benchmark_inference.py")  # a process for each engine
 
 
 def parse() -> argparse.Namespace:
@@ -61,6 +64,8 @@ def parse() -> argparse.Namespace:
 
 @command
 def main() -> None:
+    if sys.argv[1:2] == ["inference"]:
+        os.execv(sys.executable, [sys.executable, str(INFERENCE), *sys.argv[2:]])
     arguments = parse()
     sides, notes = BENCHMARKS[arguments.what](arguments)
     seconds = interleaved(sides, arguments.rounds)

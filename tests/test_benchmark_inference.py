@@ -2,15 +2,18 @@
 
 import argparse
 import json
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from test_exact_and_packed import trained_like
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 
 from models.openvino_network import write_openvino
-from scripts.benchmark_inference import CONTENDERS, Worker, as_table
+from scripts.benchmark_inference import CONTENDERS, REFERENCE, Worker, as_table
 
 BITS = [contender for contender in CONTENDERS if contender.file == "network.xml"]
 
@@ -34,9 +37,8 @@ def test_a_contender_is_measured_in_its_process_and_tells_its_kernels(tmp_path, 
 
 
 def results() -> dict:
-    row = {"threads": 1, "batch": 1, "milliseconds": 8.0, "low": 7.5, "high": 9.0}
+    row = {"threads": 1, "published": 70.5}
     row |= {"images_per_second": 125.0, "kernels": {"BinaryConvolution jit_avx512_u1": 26}}
-    row |= {"name": "OpenVINO, 1 bit", "published": 70.5}
     return {
         "date": "2026-01-01",
         "machine": "2 cores",
@@ -44,7 +46,13 @@ def results() -> dict:
         "network": "reactnet_a",
         "image_size": 224,
         "rounds": 3,
-        "rows": [row, row | {"name": "other", "batch": 16}],
+        "rows": [
+            row
+            | {"name": name, "batch": batch, "milliseconds": ms}
+            | {"low": ms - 0.5, "high": ms + 1}
+            for batch in (1, 16)
+            for name, ms in ((REFERENCE, 100.0), ("OpenVINO, 1 bit", 8.0))
+        ],
     }
 
 
@@ -54,7 +62,10 @@ def test_table_and_picture_come_from_the_results(run_script, tmp_path):
     assert drawn.code == 0, drawn.err
     table = (tmp_path / "table.md").read_text()
     assert table == as_table(results())
-    assert "8.0 (7.5 to 9.0)" in table and "26 BinaryConvolution jit_avx512_u1" in table
+    assert (
+        "8.0 (7.5 to 9.0) | 125 | 12.50 |" in table
+        and "26 BinaryConvolution jit_avx512_u1" in table
+    )
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -63,3 +74,10 @@ def test_missing_folders_and_results_are_one_sentence(run_script, tmp_path):
     run_script(*nowhere).assert_one_sentence("there is no folder", "make it first")
     redraw = ("benchmark_inference", "--output", tmp_path, "--redraw")
     run_script(*redraw).assert_one_sentence("missing or damaged", "--redraw")
+
+
+def test_the_benchmark_script_passes_its_options_on(tmp_path):
+    program = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "inference"]
+    options = ["--output", str(tmp_path), "--redraw"]
+    run = subprocess.run([*program, *options], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "missing or damaged" in run.stderr
