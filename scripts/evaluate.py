@@ -1,6 +1,7 @@
 """Accuracy of a checkpoint, packed file, ONNX or OpenVINO network, each image counted once.
 
     python scripts/evaluate.py FILE --data /path/to/imagenet
+    python scripts/evaluate.py FILE --data ... --against OTHER     (do both tell the same classes?)
     python utils/launch.py scripts/evaluate.py FILE --data ...    (one process per GPU)
 
 A file written here brings its image size; others are taken for 224 pixels after 256.
@@ -26,7 +27,7 @@ from utils.checkpoint import write_released
 from utils.command_line import Parser, add_network_options, command
 from utils.config import Config, parse_config
 from utils.data import open_val_images, val_loader
-from utils.distributed import Process, training_process
+from utils.distributed import Process, sum_over_processes, training_process
 from utils.engine import Meter, count_outputs, measure
 from utils.errors import InputError
 from utils.files import check_output
@@ -43,6 +44,7 @@ def parse() -> argparse.Namespace:
         parser.add_argument(f"--{name}", metavar="X", help="as in training")
     add_network_options(parser)
     parser.add_argument("--precision", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--against", type=Path, help="another form, compared image by image")
     parser.add_argument("--expect", type=float, help="fail unless top-1's interval holds this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--save_released", type=Path, help="write the file in the released layout")
@@ -56,10 +58,15 @@ def main() -> None:
     if arguments.save_released:
         check_output(arguments.save_released, arguments.force)
     with training_process() as process:
-        network = opened(arguments)
+        network = opened(arguments.file, arguments)
         config = data_config(arguments, network)
-        model = InFloat64(network.model) if arguments.precision == "float64" else network.model
-        results = evaluate(model.to(process.device), config, process)
+        model = answering(network, arguments.precision, process)
+        results = evaluate(model, config, process)
+        if arguments.against:
+            other = open_either(arguments.against, arguments)
+            results |= compare(
+                model, answering(other, arguments.precision, process), config, process
+            )
     if not process.is_main:
         return
     report(results, str(network), arguments.json)
@@ -73,17 +80,22 @@ def main() -> None:
             )
 
 
-def opened(arguments: argparse.Namespace) -> LoadedNetwork | ExportedNetwork:
-    network = open_network(
-        arguments.file,
+def open_either(file: Path, arguments: argparse.Namespace) -> LoadedNetwork | ExportedNetwork:
+    return open_network(
+        file,
         binary_weights=arguments.binary_weights,
         small_images=arguments.small_images,
     )
+
+
+def opened(file: Path, arguments: argparse.Namespace) -> LoadedNetwork | ExportedNetwork:
+    """What is evaluated; refuses options that it could not follow."""
+    network = open_either(file, arguments)
     if isinstance(network, ExportedNetwork):
         if arguments.precision == "float64":
-            raise InputError(f"{arguments.file} computes in float32: leave --precision out")
+            raise InputError(f"{file} computes in float32: leave --precision out")
         if arguments.save_released:
-            raise InputError(f"{arguments.file} is no checkpoint: --save_released needs one")
+            raise InputError(f"{file} is no checkpoint: --save_released needs one")
     return network
 
 
@@ -107,6 +119,15 @@ class InFloat64(nn.Module):
         return self.model(images.double())
 
 
+def answering(
+    network: LoadedNetwork | ExportedNetwork, precision: str, process: Process
+) -> nn.Module:
+    """The network on the device, in eval mode, and in float64 if asked and if it can."""
+    in_float64 = precision == "float64" and not isinstance(network, ExportedNetwork)
+    model = InFloat64(network.model) if in_float64 else network.model
+    return model.to(process.device).eval()
+
+
 def evaluate(model: nn.Module, config: Config, process: Process) -> dict:
     """top1, top5 (percent) and loss with their intervals, images, images_per_second."""
     images = open_val_images(config, process)
@@ -121,6 +142,21 @@ def evaluate(model: nn.Module, config: Config, process: Process) -> dict:
     if results["images"] != len(images):
         raise RuntimeError(f"counted {results['images']} of {len(images)} images")
     return results | intervals(meter)
+
+
+@torch.no_grad()
+def compare(model: nn.Module, other: nn.Module, config: Config, process: Process) -> dict:
+    """same_class: images on which both networks predict alike; logit_difference: the mean one."""
+    sums = torch.zeros(3, dtype=torch.float64, device=process.device)
+    for images, _ in val_loader(open_val_images(config, process), config, process):
+        ours, theirs = model(images), other(images)
+        if ours.shape != theirs.shape:
+            raise InputError(f"one network has {ours.shape[1]} classes, one {theirs.shape[1]}")
+        sums[0] += (ours.argmax(1) == theirs.argmax(1)).sum()
+        sums[1] += (ours - theirs).abs().sum()
+        sums[2] += ours.numel()
+    same, difference, count = sum_over_processes(sums).tolist()
+    return {"same_class": int(same), "logit_difference": difference / count}
 
 
 def intervals(meter: Meter) -> dict[str, list[float]]:
@@ -148,6 +184,11 @@ def report(results: dict, what: str, as_json: bool) -> None:
         print(
             f"{name} {results[name]:.{digits}f}{unit}"
             f" (95 % interval {low:.{digits}f} to {high:.{digits}f})"
+        )
+    if "same_class" in results:
+        print(
+            f"same class for {results['same_class']} of {results['images']} images,"
+            f" mean difference of a logit {results['logit_difference']:.1e}"
         )
     print(f"{results['images']} images, {results['images_per_second']:.0f} images/s")
 

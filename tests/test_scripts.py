@@ -93,6 +93,10 @@ def test_openvino_network_of_any_form_evaluates_as_the_checkpoint(
     assert told["images"] == COUNT and told["network"] == str(path)
     assert told["loss"] == pytest.approx(before["loss"], 0.05)
     evaluate(path, "--precision", "float64").assert_one_sentence("computes in float32")
+    compared = ("--against", path, "--precision", "float64")
+    told = json.loads(evaluate(source, "--json", *compared).out)
+    assert told["same_class"] == COUNT and 0 < told["logit_difference"] < 1e-5
+    assert f"same class for {COUNT} of {COUNT} images" in evaluate(source, *compared).out
     path.with_suffix(".bin").write_bytes(b"")
     evaluate(path).assert_one_sentence("damaged")
 
@@ -126,6 +130,20 @@ def test_classification_refuses_what_it_cannot_read(trained, run_script, image_f
     run_script(*wrong).assert_one_sentence("has 3 classes and", "train/")
     nowhere = ("classify", trained, picture, "--classes", tmp_path / "none")
     run_script(*nowhere).assert_one_sentence("is no folder")
+
+
+def test_networks_that_answer_differently_are_told_apart(trained, evaluate, tmp_path):
+    content = dict(read_checkpoint(trained).content)
+    content["state_dict"] = dict(content["state_dict"])
+    content["state_dict"]["fc.bias"] = torch.tensor([100.0, 0.0, 0.0])
+    torch.save(content, tmp_path / "other.pth.tar")
+    told = json.loads(evaluate(trained, "--json", "--against", tmp_path / "other.pth.tar").out)
+    predicted = evaluate(trained, "--json", "--against", trained)
+    assert json.loads(predicted.out)["same_class"] == COUNT
+    assert told["same_class"] < COUNT and told["logit_difference"] == pytest.approx(
+        100 / 3, rel=0.1
+    )
+    evaluate(trained, "--against", tmp_path / "none").assert_one_sentence("does not exist")
 
 
 def test_expected_accuracy_is_checked_against_the_interval(trained, evaluate):
