@@ -4,7 +4,9 @@
     python scripts/benchmark.py step           a training step against the composed one
     python scripts/benchmark.py evaluation     a forward pass against the composed one
     python scripts/benchmark.py loader         loading one image against the released transforms
-    python scripts/benchmark.py inference      engines with and without bits, see its --help
+
+    python scripts/benchmark.py speed          all of these and their options: a page of results
+    python scripts/benchmark.py inference      engines with and without bits: a page of results
 
 `composed` is the same computation from elementary operations (tests/composed.py), in float32, eager
 and NCHW; the other side takes --precision, --compile and --channels_last.  `step --split` tells
@@ -29,6 +31,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from models import build_model
 from tests import composed
@@ -43,7 +46,6 @@ from utils.precision import PRECISIONS, autocast, compiled, place, set_precision
 
 Sides = dict[str, Callable[[], None]]
 STEP2 = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
-INFERENCE = Path(__file__).with_name("benchmark_inference.py")  # a process for each engine
 
 
 def parse() -> argparse.Namespace:
@@ -58,14 +60,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--channels_last", action="store_true")
     parser.add_argument("--teacher", action="store_true", help="a torchvision ResNet-34, in `step`")
     parser.add_argument("--split", action="store_true", help="time the parts of `step`")
+    parser.add_argument("--profile", type=Path, help="write our costliest operations to this file")
     parser.add_argument("--json", type=Path, help="write everything to this file as well")
     return parser.parse_args()
 
 
 @command
 def main() -> None:
-    if sys.argv[1:2] == ["inference"]:
-        os.execv(sys.executable, [sys.executable, str(INFERENCE), *sys.argv[2:]])
+    if sys.argv[1:2] in (["inference"], ["speed"]):
+        program = Path(__file__).with_name(f"benchmark_{sys.argv[1]}.py")
+        os.execv(sys.executable, [sys.executable, str(program), *sys.argv[2:]])
     arguments = parse()
     sides, notes = BENCHMARKS[arguments.what](arguments)
     seconds = interleaved(sides, arguments.rounds)
@@ -193,6 +197,8 @@ def against_composed(arguments: argparse.Namespace, run: Callable) -> tuple[Side
     notes = {"saved for backward, MiB/image": {n: side.saved_bytes() for n, side in sides.items()}}
     if sides["ours"].device.type == "cuda":
         notes["peak memory, MiB"] = {name: peak_memory(side, run) for name, side in sides.items()}
+    if arguments.profile:
+        arguments.profile.write_text(costliest_operations(sides["ours"], run))
     if arguments.split:
         for side in sides.values():
             side.split()  # compiles
@@ -200,6 +206,19 @@ def against_composed(arguments: argparse.Namespace, run: Callable) -> tuple[Side
         for part in splits["ours"]:
             notes[f"{part}, s"] = {name: split[part] for name, split in splits.items()}
     return {name: lambda side=side: run(side) for name, side in sides.items()}, notes
+
+
+def costliest_operations(side: Side, run: Callable) -> str:
+    """The 20 operations that one warm pass spends most time in, as a table."""
+    activities = [ProfilerActivity.CPU]
+    if side.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    for _ in range(2):
+        run(side)
+    with profile(activities=activities) as told:
+        run(side)
+    where = f"self_{side.device.type}_time_total"
+    return told.key_averages().table(sort_by=where, row_limit=20, max_name_column_width=80)
 
 
 def peak_memory(side: Side, run: Callable) -> float:

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import numpy as np
 import torch
 import torchvision
 from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from torch import nn
 from torchvision.models import quantization
 
@@ -48,7 +48,7 @@ from models.openvino_network import load_engine, write_openvino
 from tests.composed import composed
 from utils.command_line import Parser, command, positive
 from utils.errors import InputError
-from utils.files import write_whole
+from utils.results import add_output_options, measure_and_draw, processor
 
 PUBLISHED = {
     "reactnet_a": 70.5,
@@ -63,7 +63,6 @@ INT8 = {
 }
 COMPUTING = ("Convolution", "BinaryConvolution", "FullyConnected", "MatMul")
 SHORTEST_SECONDS = 0.3  # of a measurement: as many calls as fill it, at least one
-RESULTS, TABLE, PICTURE = "results.json", "table.md", "latency.png"
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,7 @@ CONTENDERS = (
 
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--redraw", action="store_true", help="table and picture, nothing measured")
+    add_output_options(parser)
     parser.add_argument("--file", type=Path, help="checkpoint to measure, instead of --model")
     parser.add_argument("--model", choices=MODELS, default="reactnet_a")
     parser.add_argument("--width", type=float, default=1.0)
@@ -124,25 +122,7 @@ def main() -> None:
     if sys.argv[1:2] == ["--worker"]:
         answer_measurements(*sys.argv[2:])
         return
-    arguments = parse()
-    if not arguments.output.is_dir():
-        raise InputError(f"there is no folder {arguments.output}: make it first")
-    path = arguments.output / RESULTS
-    if not arguments.redraw:
-        results = measured(arguments)
-        write_text(path, json.dumps(results, indent=1) + "\n")
-    try:
-        results = json.loads(path.read_text())
-        table = as_table(results)
-        draw(results, arguments.output / PICTURE)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is missing or damaged: leave --redraw out") from error
-    write_text(arguments.output / TABLE, table)
-    print(table)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    measure_and_draw(parse(), "latency.png", measured, as_table, drawn)
 
 
 def measured(arguments: argparse.Namespace) -> dict:
@@ -162,23 +142,13 @@ def measured(arguments: argparse.Namespace) -> dict:
         row["published"] = row["published"] or PUBLISHED[name]
     return {
         "date": date.today().isoformat(),
-        "machine": machine(),
+        "machine": processor(),
         "versions": {"openvino": engine.__version__, "torch": torch.__version__},
         "network": name,
         "image_size": arguments.image_size,
         "rounds": arguments.rounds,
         "rows": rows,
     }
-
-
-def machine() -> str:
-    """Cores, the processor's name and whether it counts bits in vectors, where Linux tells."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
-    popcount = "with" if "avx512_vpopcntdq" in facts.get("flags", "").split() else "without"
-    name = facts.get("model name", platform.processor())
-    return f"{os.cpu_count()} cores of {name}, {popcount} AVX-512 VPOPCNTDQ"
 
 
 def write_files(model: nn.Module, folder: Path, image_size: int) -> None:
@@ -387,7 +357,7 @@ def as_table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: dict, path: Path) -> None:
+def drawn(results: dict) -> Figure:
     """Published accuracy against measured latency, one image at a time on one thread."""
     rows = results["rows"]
     first = {name: min(row[name] for row in rows) for name in ("threads", "batch")}
@@ -403,8 +373,7 @@ def draw(results: dict, path: Path) -> None:
     axes.set_title(f"{results['network']}, {results['machine']}, {results['date']}", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":

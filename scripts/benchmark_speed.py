@@ -1,0 +1,267 @@
+"""How fast this machine trains and evaluates, by options and batch size, beside what limits it.
+
+    python scripts/benchmark.py speed --output docs/results/speed [--batches 8 16] [--teacher]
+    python scripts/benchmark.py speed --output docs/results/speed --redraw
+
+Each line is `scripts/benchmark.py step` or `evaluation` in a process of its own, which runs the
+composed network and ours in turn.  Writes `results.json` and from it `table.md` and `speed.png`;
+--redraw makes these two again.
+
+No pass is faster than either limit, for what this machine reaches in a large product of matrices
+and in copying memory:
+
+    arithmetic   multiply-accumulates: once forward, and twice more backward
+    memory       what is kept for the backward pass is written and read; of each parameter the
+                 weight is read three times and written once, the gradient is written and read,
+                 and Adam's two moments are read and written
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib
+
+matplotlib.use("Agg")
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from torchvision.models import ResNet34_Weights
+
+from models import MODELS, build_model
+from utils.command_line import Parser, command, positive
+from utils.errors import InputError
+from utils.markdown import as_table
+from utils.operations import count_layers, total
+from utils.precision import set_precision
+from utils.results import accelerator, add_output_options, measure_and_draw
+
+BENCHMARK = Path(__file__).with_name("benchmark.py")
+TEACHER_MACS = 1e9 * ResNet34_Weights.DEFAULT.meta["_ops"]
+ACCESSES_OF_A_PARAMETER = 10  # in float32, by a step
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to compute the same passes."""
+
+    name: str
+    precision: str
+    options: Sequence[str] = ()
+    only_on_gpu: bool = False
+
+
+COMPILED = ("--compile", "--channels_last")
+CASES = (
+    Case("float32", "float32"),
+    Case("float32, compiled", "float32", COMPILED),
+    Case("tf32", "tf32", only_on_gpu=True),
+    Case("tf32, compiled", "tf32", COMPILED, only_on_gpu=True),
+    Case("bfloat16", "bfloat16", ["--channels_last"]),
+    Case("bfloat16, compiled", "bfloat16", COMPILED),
+)
+
+
+def parse() -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = Parser(__doc__)
+    add_output_options(parser)
+    parser.add_argument("--model", choices=MODELS, default="reactnet_a")
+    parser.add_argument("--image_size", type=positive, default=224)
+    parser.add_argument(
+        "--batches", type=positive, nargs="+", default=[64, 128, 256] if cuda else [8]
+    )
+    parser.add_argument("--teacher", action="store_true", help="steps with a ResNet-34")
+    parser.add_argument("--rounds", type=positive, default=6)
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    measure_and_draw(parse(), "speed.png", measured, described, drawn)
+
+
+def measured(arguments: argparse.Namespace) -> dict:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = total(count_layers(build_model(arguments.model), arguments.image_size))
+    reached = {
+        precision: matrix_macs_per_second(device, precision)
+        for precision in dict.fromkeys(case.precision for case in cases_on(device))
+    }
+    return {
+        "date": date.today().isoformat(),
+        "machine": accelerator(),
+        "torch": torch.__version__,
+        "network": arguments.model,
+        "image_size": arguments.image_size,
+        "teacher": arguments.teacher,
+        "rounds": arguments.rounds,
+        "macs": counts.flops + counts.bops,
+        "parameters": counts.parameters,
+        "matrix_macs_per_second": reached,
+        "memory_bytes_per_second": memory_bytes_per_second(device),
+        "rows": list(rows(device, arguments)),
+    }
+
+
+def cases_on(device: torch.device) -> list[Case]:
+    return [case for case in CASES if device.type == "cuda" or not case.only_on_gpu]
+
+
+def best_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The shortest of ten calls."""
+    found = []
+    for _ in range(10):
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def matrix_macs_per_second(device: torch.device, precision: str) -> float:
+    """Multiply-accumulates a second in a square product of matrices."""
+    set_precision(precision)
+    side = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
+    return side**3 / best_seconds(lambda: left @ right, device)
+
+
+def memory_bytes_per_second(device: torch.device) -> float:
+    """Bytes read and written a second in copying from one place to another."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
+
+
+def rows(device: torch.device, arguments: argparse.Namespace) -> Iterator[dict]:
+    for what in ("step", "evaluation"):
+        for batch in arguments.batches:
+            for case in cases_on(device):
+                print(f"{what}, {case.name}, batch {batch}", flush=True)
+                told = one_benchmark(what, case, batch, arguments)
+                yield {"what": what, "case": case.name, "precision": case.precision} | {
+                    "batch": batch,
+                    "seconds": told["seconds"],
+                    "notes": told["notes"],
+                }
+
+
+def one_benchmark(what: str, case: Case, batch: int, arguments: argparse.Namespace) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "told.json"
+        options = {
+            "model": arguments.model,
+            "image_size": arguments.image_size,
+            "batch_size": batch,
+            "rounds": arguments.rounds,
+            "precision": case.precision,
+            "json": path,
+        }
+        told = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        if arguments.teacher and what == "step":
+            told.append("--teacher")
+        program = [sys.executable, str(BENCHMARK), what, *told, *case.options]
+        if subprocess.run(program, stdout=subprocess.DEVNULL).returncode:
+            raise InputError(f"{what} of {case.name} with batch {batch} failed, as said above")
+        return json.loads(path.read_text())
+
+
+def limits(row: dict, results: dict) -> dict[str, float]:
+    """Images a second that the row's pass cannot exceed, by what limits it."""
+    is_step = row["what"] == "step"
+    macs = results["macs"] * (3 if is_step else 1)
+    if is_step and results["teacher"]:
+        macs += TEACHER_MACS
+    found = {"arithmetic": results["matrix_macs_per_second"][row["precision"]] / macs}
+    if is_step:
+        kept = 2**20 * row["notes"]["saved for backward, MiB/image"]["ours"]
+        weights = 4 * ACCESSES_OF_A_PARAMETER * results["parameters"] / row["batch"]
+        found["memory"] = results["memory_bytes_per_second"] / (2 * kept + weights)
+    return found
+
+
+def rates(row: dict) -> dict[str, list[float]]:
+    """Images a second of each side: lowest, median, highest."""
+    return {
+        side: [row["batch"] / f(seconds) for f in (max, statistics.median, min)]
+        for side, seconds in row["seconds"].items()
+    }
+
+
+def described(results: dict) -> str:
+    """What was measured where, and a line for each pass, in Markdown."""
+    header = ["", "options", "batch", "composed, images/s", "images/s (range)", "times"]
+    header += ["kept, MiB/image", "peak, MiB", "arithmetic limit", "memory limit", "of the limit"]
+    lines = [header]
+    for row in results["rows"]:
+        (low, ours, high), composed = rates(row)["ours"], rates(row)["composed"][1]
+        bound, notes = limits(row, results), row["notes"]
+        kept = notes["saved for backward, MiB/image"]
+        peak = notes.get("peak memory, MiB")
+        is_step = row["what"] == "step"
+        lines.append(
+            [
+                row["what"],
+                row["case"],
+                str(row["batch"]),
+                f"{composed:.1f}",
+                f"{ours:.1f} ({low:.1f} to {high:.1f})",
+                f"{ours / composed:.2f}",
+                f"{kept['ours']:.1f} of {kept['composed']:.1f}" if is_step else "",
+                f"{peak['ours']:.0f} of {peak['composed']:.0f}" if peak else "",
+                f"{bound['arithmetic']:.0f}",
+                f"{bound['memory']:.0f}" if is_step else "",
+                f"{100 * ours / min(bound.values()):.0f} %",
+            ]
+        )
+    teacher = "with" if results["teacher"] else "without"
+    products = ", ".join(
+        f"{macs / 1e9:.0f} G in {precision}"
+        for precision, macs in results["matrix_macs_per_second"].items()
+    )
+    return (
+        f"{results['network']}, {results['image_size']} pixels, steps {teacher} a teacher,"
+        f" {results['date']}, {results['machine']}, torch {results['torch']}; medians of"
+        f" {results['rounds']} interleaved rounds (lowest to highest). The machine reaches"
+        f" {products} multiply-accumulates a second in a product of matrices, and copies memory"
+        f" at {results['memory_bytes_per_second'] / 1e9:.0f} GB/s.\n\n{as_table(lines)}\n"
+    )
+
+
+def drawn(results: dict) -> Figure:
+    """Images a second of both sides, and the lower limit, one panel for each pass."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, what in zip(panels, ("step", "evaluation"), strict=True):
+        chosen = [row for row in reversed(results["rows"]) if row["what"] == what]
+        for place, row in enumerate(chosen):
+            bound = min(limits(row, results).values())
+            for side, height, colour in (("composed", 0.2, "tab:gray"), ("ours", -0.2, "tab:blue")):
+                low, middle, high = rates(row)[side]
+                label = side if place == 0 else None
+                spread = [[middle - low], [high - middle]]
+                axes.barh(place + height, middle, 0.36, xerr=spread, color=colour, label=label)
+            label = "limit" if place == 0 else None
+            axes.plot([bound, bound], [place - 0.4, place + 0.4], "r:", label=label)
+        names = [f"{row['case']}, batch {row['batch']}" for row in chosen]
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.set(title=what, xlabel="images/s", xlim=(0, None))
+        axes.legend(fontsize=8)
+    figure.suptitle(f"{results['network']}, {results['machine']}, {results['date']}", fontsize=10)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The speed page: limits worked out from what was measured, table and picture from results."""
+
+import json
+
+import pytest
+
+from scripts.benchmark_speed import described, limits, rates
+
+
+def row(what: str = "step") -> dict:
+    return {
+        "what": what,
+        "case": "float32",
+        "precision": "float32",
+        "batch": 8,
+        "seconds": {"composed": [4.0, 2.0, 1.0], "ours": [1.0, 2.0, 0.5]},
+        "notes": {"saved for backward, MiB/image": {"composed": 4.0, "ours": 2.0}},
+    }
+
+
+def results(**changes) -> dict:
+    return {
+        "date": "2026-01-01",
+        "machine": "2 cores",
+        "torch": "2",
+        "network": "reactnet_a",
+        "image_size": 224,
+        "teacher": False,
+        "rounds": 3,
+        "macs": 1e6,
+        "parameters": 2**20,
+        "matrix_macs_per_second": {"float32": 3e9},
+        "memory_bytes_per_second": 90 * 2**20,
+        "rows": [row(), row("evaluation")],
+    } | changes
+
+
+def test_a_step_multiplies_three_times_and_moves_what_it_keeps_and_the_weights():
+    bound = limits(row(), results())
+    assert bound["arithmetic"] == 1000
+    # 2 MiB are written and read; 40 bytes for each of 2^20 parameters are shared by 8 images.
+    assert bound["memory"] == 90 / (2 * 2 + 40 / 8)
+
+
+def test_an_evaluation_multiplies_once_and_a_teacher_adds_to_a_step_alone():
+    assert limits(row("evaluation"), results(teacher=True)) == {"arithmetic": 3000}
+    assert limits(row(), results(teacher=True))["arithmetic"] == pytest.approx(3e9 / 3.664e9, 1e-2)
+
+
+def test_rates_are_low_median_and_high():
+    assert rates(row()) == {"composed": [2.0, 4.0, 8.0], "ours": [4.0, 8.0, 16.0]}
+
+
+def test_table_and_picture_come_from_the_results(run_script, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    redrawn = run_script("benchmark_speed", "--output", tmp_path, "--redraw")
+    assert redrawn.code == 0, redrawn.err
+    table = (tmp_path / "table.md").read_text()
+    assert table == described(results())
+    assert "8.0 (4.0 to 16.0)" in table and "2.00" in table and "80 %" in table
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "results.json").write_text("{}")
+    redrawn = run_script("benchmark_speed", "--output", tmp_path, "--redraw")
+    redrawn.assert_one_sentence("missing or damaged", "--redraw")
