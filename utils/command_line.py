@@ -83,4 +83,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 def one_sentence(error: InputError) -> str:
     """The message alone, also where a DataLoader worker wrapped it in its traceback."""
-    return str(error).strip().rsplit(f"{InputError.__name__}: ", 1)[-1]
+    return printable(str(error).strip().rsplit(f"{InputError.__name__}: ", 1)[-1])
+
+
+def printable(text: str) -> str:
+    """`text` on one line that can be encoded: file names may hold any bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ from utils.precision import PRECISIONS
 
 BUILTIN_DATA = ("shapes", "cifar10")
 LIGHTINGS = ("released", "textbook", "none")
+LARGEST_SIDE = 65_535  # pixels, of JPEG
+LARGEST_WIDTH = 1000  # above it sizes of layers no longer fit into 64 bits
+LARGEST_INTEGER = 2**63 - 1  # of torch
 
 
 def _option(help_text: str, default: Any = dataclasses.MISSING, **metadata: Any):
@@ -74,8 +78,10 @@ class Config:
         minimum=0,
         place=True,
     )
-    image_size: int = _option("pixels, height and width", 224, minimum=1)
-    val_resize: int = _option("shorter side before the central crop", 256, minimum=1)
+    image_size: int = _option("pixels, height and width", 224, minimum=1, maximum=LARGEST_SIDE)
+    val_resize: int = _option(
+        "shorter side before the central crop", 256, minimum=1, maximum=LARGEST_SIDE
+    )
     crop_scale: float = _option("smallest area of a random crop", 0.08, above=0, maximum=1)
     lighting: str = _option("colour noise", "released", choices=LIGHTINGS)
 
@@ -87,7 +93,7 @@ class Config:
         "gradient of Sign; none for the network's own", None, choices=tuple(ACTIVATION_STES)
     )
     latent_init: str = _option("latent weights from scratch", "positive", choices=LATENT_INITS)
-    width: float = _option("multiplies every channel count", 1.0, above=0)
+    width: float = _option("multiplies every channel count", 1.0, above=0, maximum=LARGEST_WIDTH)
     small_images: bool = _option("fewer strides, for 32-pixel images", False)
     init_from: str | None = _option(
         "checkpoint the weights start from, or none", path=_always, place=True
@@ -152,7 +158,14 @@ class Config:
                 " that is cut out of it: make it at least as large"
             )
         if any(type(epoch) is not int or epoch < 0 for epoch in self.keep_epochs or ()):
-            raise InputError(f"keep_epochs must be whole numbers from 0, not {self.keep_epochs}")
+            raise InputError(
+                f"keep_epochs must be whole numbers from 0, not {_shown(self.keep_epochs)}"
+            )
+        if not all(map(_is_plain, (self.optimizer_options or {}).items())):
+            raise InputError(
+                "optimizer_options must give names numbers, text, true, false, or lists of these,"
+                f" not {_shown(self.optimizer_options)}"
+            )
         if self.teacher and self.label_smoothing:
             raise InputError(
                 "label_smoothing acts on labels, which a teacher replaces:"
@@ -195,6 +208,35 @@ _TYPE_NAMES = {
 }
 
 
+_shortened = reprlib.Repr()
+_shortened.maxlevel = 3
+_shortened.maxstring = _shortened.maxother = 100
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, shortened."""
+    try:
+        return _shortened.repr(value)
+    except ValueError:  # Python writes no integers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def _is_plain(option: tuple[Any, Any]) -> bool:
+    """Whether a name and its value are what a checkpoint, read as data only, gives back."""
+    name, value = option
+    values = value if type(value) is list else [value]
+    return type(name) is str and all(
+        type(one) in (bool, int, float, str, NoneType) for one in values
+    )
+
+
+def _is_file_name(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def _typed(name: str, value: Any) -> Any:
     """`value` as the type of field `name`; PyYAML reads `5e-6` as text, so text may be a number."""
     *alternatives, last = get_args(_TYPES[name]) or (_TYPES[name],)
@@ -202,10 +244,14 @@ def _typed(name: str, value: Any) -> Any:
     if last is NoneType and (value is None or value == "none"):
         return None
     if target is float and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if type(value) is not target or (target is float and not math.isfinite(value)):
-        raise InputError(f"{name} must be {_TYPE_NAMES[target]}, not {value!r}")
+        raise InputError(f"{name} must be {_TYPE_NAMES[target]}, not {_shown(value)}")
+    if target is int and abs(value) > LARGEST_INTEGER:
+        raise InputError(f"{name} must be at most {LARGEST_INTEGER}, not {_shown(value)}")
+    if target is str and not _is_file_name(value):
+        raise InputError(f"{name} must be text that can name a file, not {_shown(value)}")
     return value
 
 
@@ -214,7 +260,9 @@ def _check_range(name: str, value: Any) -> None:
     if value is None:
         return
     if "choices" in checks and value not in checks["choices"]:
-        raise InputError(f"{name} must be one of {', '.join(checks['choices'])}, not {value!r}")
+        raise InputError(
+            f"{name} must be one of {', '.join(checks['choices'])}, not {_shown(value)}"
+        )
     bounds = {
         "minimum": (lambda bound: value >= bound, "at least"),
         "above": (lambda bound: value > bound, "above"),
@@ -235,7 +283,9 @@ def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Values of known fields, typed, in range, with paths made absolute from `base`."""
     unknown = [name for name in values if name not in FIELDS]
     if unknown:
-        raise InputError(f"unknown option {unknown[0]!r}: the valid ones are {', '.join(FIELDS)}")
+        raise InputError(
+            f"unknown option {_shown(unknown[0])}: the valid ones are {', '.join(FIELDS)}"
+        )
     result = {}
     for name, value in values.items():
         value = _typed(name, value)
@@ -244,13 +294,28 @@ def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     return result
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for name in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if name.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{name.value!r} stands twice", problem_mark=name.start_mark
+                    )
+                seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The checked fields of a YAML file."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise InputError(f"cannot read configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # PyYAML passes on what int, datetime and others say of odd values
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"{path} must hold one `name: value` per line")
@@ -269,7 +334,8 @@ def _command_line(arguments: Sequence[str] | None, description: str) -> argparse
     namespace, rest = parser.parse_known_args(arguments)
     if rest:
         raise InputError(
-            f"unknown option {rest[0]!r}: the valid ones are --config, --" + ", --".join(FIELDS)
+            f"unknown option {_shown(rest[0])}: the valid ones are --config, --"
+            + ", --".join(FIELDS)
         )
     return namespace
 
@@ -288,8 +354,8 @@ def _parsed(name: str, text: str) -> Any:
     if str in (_TYPES[name], *get_args(_TYPES[name])):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml.load(text, _Loader)
+    except Exception:  # as in `read_yaml`
         return text
 
 
