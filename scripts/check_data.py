@@ -19,11 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from utils.command_line import Parser, command, positive
+from utils.command_line import Parser, command, positive, printable
 from utils.errors import InputError
+from utils.files import is_folder
+from utils.folders import class_names, images_and_others
 from utils.markdown import print_table
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}
@@ -64,12 +65,15 @@ def main() -> None:
     print_table([["", "train", "val"], *report_rows(splits)])
     if arguments.classes:
         names = sorted(set().union(*(split.images for split in splits.values())))
-        counts = [[name, *(str(split.images[name]) for split in splits.values())] for name in names]
+        counts = [
+            [printable(name), *(str(split.images[name]) for split in splits.values())]
+            for name in names
+        ]
         print_table([["class", "train", "val"], *counts])
     for split in splits.values():
         for oddity, paths in split.found.items():
             for path in paths if oddity == "unreadable" else paths[:_SHOWN]:
-                print(f"{oddity}: {path}")
+                print(printable(f"{oddity}: {path}"))
     if problem := what_keeps_from_training(splits):
         raise InputError(problem)
 
@@ -78,18 +82,17 @@ def check(folder: Path, workers: int) -> Split:
     """List a split's classes and decode all of its images.
 
     Raises:
-        InputError: no such folder.
+        InputError: no such folder, or one that cannot be listed.
     """
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"data folder {folder} does not exist: it must hold <class>/<images>")
     split = Split(folder)
-    paths = []
-    for class_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = [path for path in sorted(class_folder.rglob("*")) if path.is_file()]
-        images = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
-        split.images[class_folder.name] = len(images)
-        split.ignored += len(files) - len(images)
-        paths += images
+    paths: list[Path] = []
+    for name in class_names(folder):
+        images, others = images_and_others(folder / name)
+        split.images[name] = len(images)
+        split.ignored += len(others)
+        paths += map(Path, images)
     with ProcessPoolExecutor(workers) as pool:
         decoded = pool.map(oddities_of, paths, chunksize=64)
         bar = functools.partial(tqdm, desc=folder.name, total=len(paths), file=sys.stderr)
@@ -132,8 +135,6 @@ def what_keeps_from_training(splits: dict[str, Split]) -> str:
     train, val = splits.values()
     problems = []
     for split in (train, val):
-        if not split.images:
-            problems.append(f"{split.folder} has no classes")
         if empty := [name for name, count in split.images.items() if count == 0]:
             problems.append(f"{split.folder} has classes without images ({', '.join(empty[:3])})")
         if unreadable := split.found.get("unreadable"):

@@ -22,12 +22,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import pil_to_tensor
 
+from utils.command_line import printable
 from utils.config import Config
 from utils.distributed import Process, first_on_each_machine
 from utils.errors import InputError
+from utils.files import is_folder
+from utils.folders import ImageFolder
 from utils.shapes import write_shapes
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -185,7 +188,8 @@ class SeededImages(Dataset):
             raise InputError(
                 f"{count} images are unreadable and skip_unreadable is {self.skip}: {error}"
             )
-        print(f"warning: {error}; replaced, {count} of {self.skip}", file=sys.stderr, flush=True)
+        warning = printable(f"warning: {error}; replaced, {count} of {self.skip}")
+        print(warning, file=sys.stderr, flush=True)
 
     def _decoded(self, index: int) -> tuple[Image.Image, int]:
         try:
@@ -292,18 +296,13 @@ def _open_split(config: Config, process: Process, train: bool) -> ImageFolder | 
 
 def _image_folder(folder: Path, split: str) -> ImageFolder:
     root = folder / split
-    if not root.is_dir():
+    if not is_folder(root):
         raise InputError(
             f"data folder {root} does not exist: pass --data with the folder that holds"
             f" train/<class>/ and {split if split != 'train' else 'val'}/<class>/,"
             " or --data shapes for the built-in images"
         )
-    try:
-        return ImageFolder(root)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{root} has a class without images: {str(error).splitlines()[0]}"
-        ) from error
+    return ImageFolder(root)
 
 
 def _cifar10(config: Config, train: bool) -> CIFAR10:
@@ -363,7 +362,8 @@ def train_loader(images: SeededImages, config: Config, process: Process) -> Devi
     """Batches for training; the global batch is `config.batch_size`.
 
     Raises:
-        InputError: the global batch cannot be divided over the processes.
+        InputError: the global batch cannot be divided over the processes, or there are fewer images
+            than processes.
     """
     if config.batch_size % process.world_size:
         raise InputError(
@@ -373,6 +373,11 @@ def train_loader(images: SeededImages, config: Config, process: Process) -> Devi
     batches = TrainBatches(
         len(images), config.batch_size, config.seed, process.rank, process.world_size
     )
+    if len(batches) == 0:
+        raise InputError(
+            f"{len(images)} training images are fewer than the {process.world_size} processes that"
+            " share them: start fewer processes"
+        )
     return _loader(images, batches, config, process)
 
 

@@ -15,6 +15,20 @@ LOCK = ".lock"
 _UNFINISHED = re.compile(r"\..+\.unfinished-\d+")
 
 
+def is_folder(path: Path | os.DirEntry) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a link to itself, a name that is too long
+        return False
+
+
+def is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # as above
+        return False
+
+
 def write_whole(
     path: Path,
     write: Callable[[BinaryIO], None],
@@ -65,7 +79,7 @@ def held_folder(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds the folder, or it cannot be created or written.
     """
-    is_new = not folder.exists()
+    is_new = not is_there(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder / LOCK)
@@ -113,7 +127,7 @@ def check_output(path: Path, force: bool) -> None:
     Raises:
         InputError: no such folder, or `path` exists and `force` is off.
     """
-    if not path.parent.is_dir():
+    if not is_folder(path.parent):
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.exists() and not force:
+    if is_there(path) and not force:
         raise InputError(f"{path} exists and is kept: choose another name, or pass --force")
