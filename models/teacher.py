@@ -9,8 +9,11 @@ from torch import nn
 
 from models.loading import load_network
 from utils.checkpoint import load_strictly, read_checkpoint
+from utils.command_line import printable
 from utils.engine import count_outputs
 from utils.errors import InputError
+from utils.files import is_there
+from utils.limits import is_out_of_memory
 
 
 def load_teacher(
@@ -38,7 +41,7 @@ def load_teacher(
     with torch.random.fork_rng(devices=[]):
         teacher = _build(name, weights_file)
     teacher = teacher.to(device).eval().requires_grad_(False)
-    classes = count_outputs(teacher, image_size, device)
+    classes = _classes(teacher, name, image_size, device)
     if classes != num_classes:
         raise InputError(
             f"the teacher {name} has {classes} classes and the data {num_classes}: pass a --teacher"
@@ -47,10 +50,23 @@ def load_teacher(
     return teacher
 
 
+def _classes(teacher: nn.Module, name: str, image_size: int, device: torch.device) -> int:
+    try:
+        return count_outputs(teacher, image_size, device)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        said = printable(str(error).partition("\n")[0])
+        raise InputError(
+            f"the teacher {name} cannot compute images of {image_size} pixels ({said}):"
+            " pass another --image_size or another --teacher"
+        ) from error
+
+
 def _build(name: str, weights_file: str | None) -> nn.Module:
     if name in torchvision.models.list_models(torchvision.models):
         return _torchvision_network(name, weights_file)
-    if Path(name).exists():
+    if is_there(Path(name)):
         return load_network(name).model
     raise InputError(
         f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
@@ -61,7 +77,8 @@ def _torchvision_network(name: str, weights_file: str | None) -> nn.Module:
     if weights_file is not None:
         checkpoint = read_checkpoint(weights_file)
         *_, last_bias = checkpoint.state.values()
-        teacher = torchvision.models.get_model(name, weights=None, num_classes=len(last_bias))
+        classes = len(last_bias) if last_bias.ndim else 1
+        teacher = torchvision.models.get_model(name, weights=None, num_classes=classes)
         load_strictly(teacher, checkpoint)
         return teacher
     try:

@@ -21,6 +21,7 @@ from utils.config import Config, parse_config
 from utils.data import open_images, train_loader, val_loader
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
 from utils.keeping import Keeper, run_folder
+from utils.limits import limits_told
 from utils.live import live_measures
 from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 from utils.precision import compiled, place, set_precision
@@ -30,7 +31,11 @@ from utils.runlog import RunLog, epoch_record
 @command
 def main() -> None:
     config = parse_config(Path(__file__).with_name("config.yaml"), description=__doc__)
-    with training_process() as process, run_folder(config.save, process):
+    with (
+        training_process() as process,
+        run_folder(config.save, process),
+        limits_told(config, process),
+    ):
         train(config, process)
 
 

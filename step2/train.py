@@ -21,7 +21,9 @@ from utils.config import Config, parse_config
 from utils.data import open_images, train_loader, val_loader
 from utils.distributed import Process, broadcast_buffers, distribute, training_process
 from utils.errors import InputError
+from utils.files import is_there
 from utils.keeping import Keeper, run_folder
+from utils.limits import limits_told
 from utils.live import live_measures
 from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 from utils.precision import compiled, place, set_precision
@@ -31,7 +33,11 @@ from utils.runlog import RunLog, epoch_record
 @command
 def main() -> None:
     config = parse_config(Path(__file__).with_name("config.yaml"), description=__doc__)
-    with training_process() as process, run_folder(config.save, process):
+    with (
+        training_process() as process,
+        run_folder(config.save, process),
+        limits_told(config, process),
+    ):
         train(config, process)
 
 
@@ -105,7 +111,7 @@ def train(config: Config, process: Process) -> None:
 
 def read_step1(path: str) -> Checkpoint:
     """The checkpoint that step 1 left: latent weights, and everything else, for step 2."""
-    if not Path(path).exists():
+    if not is_there(Path(path)):
         raise InputError(
             f"step 2 starts from step 1, and there is no {path}:"
             " run step 1 first (bash step1/run.sh), or pass --init_from with its checkpoint"

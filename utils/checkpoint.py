@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from utils.config import Config
 from utils.distributed import Process, from_main
 from utils.errors import InputError
-from utils.files import write_whole
+from utils.files import is_there, write_whole
 from utils.packing import SUFFIX, read_packed
 from utils.sealing import is_intact, seal
 
@@ -81,7 +81,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         InputError: no such file, not what was written, not a checkpoint, or more than data.
     """
     path = Path(path)
-    if path.suffix == SUFFIX and path.is_file():
+    if path.suffix == SUFFIX and is_there(path) and path.is_file():
         state, content = read_packed(path)
         return Checkpoint(path, "packed", state, content)
     content = _read_data(path)
@@ -258,10 +258,11 @@ def resume(config: Config, process: Process, model: nn.Module, optimizer: Optimi
     Raises:
         InputError: both are, or the folder holds a run with settings that compute something else.
     """
-    name, problem = from_main(process, lambda: _newest_intact(Path(config.save)))
-    if name is None:
+    read: list[Checkpoint] = []  # by the main process, while it looked for an intact one
+    path, problem = from_main(process, lambda: _newest_intact(Path(config.save), read))
+    if path is None:
         return Resumed()
-    checkpoint = read_checkpoint(Path(config.save) / name)
+    checkpoint = read[0] if read else read_checkpoint(path)
     content = checkpoint.content
     differences = config.differences(content.get("config", {}))
     if differences:
@@ -285,18 +286,21 @@ def resume(config: Config, process: Process, model: nn.Module, optimizer: Optimi
         ) from error
 
 
-def _newest_intact(folder: Path) -> tuple[str | None, str]:
-    """Name of the checkpoint to go on from, None without any, and what is wrong with a newer one.
+def _newest_intact(folder: Path, read: list[Checkpoint]) -> tuple[Path | None, str]:
+    """Where the checkpoint to go on from is, None without any, and what is wrong with a newer one.
+
+    Args:
+        read: gets the checkpoint.
 
     Raises:
         InputError: there are checkpoints, and all are damaged.
     """
     problems = []
-    for name in (NEWEST, PREVIOUS):
-        if (folder / name).exists():
+    for path in (folder / NEWEST, folder / PREVIOUS):
+        if path.exists():
             try:
-                read_checkpoint(folder / name)
-                return name, "".join(f"; warning: {problem}" for problem in problems)
+                read.append(read_checkpoint(path))
+                return path, "".join(f"; warning: {problem}" for problem in problems)
             except InputError as error:
                 problems.append(error)
     if problems:

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -59,8 +58,7 @@ class Keeper:
     next iteration.  Where a checkpoint cannot be written, training goes on with a warning and
     the next one tries again.
 
-    Leaving the context, it says in one sentence what a batch that was not finite consisted of, and
-    the batch size where the memory was too small.
+    Leaving the context, it says in one sentence what a batch that was not finite consisted of.
     """
 
     def __init__(
@@ -97,8 +95,6 @@ class Keeper:
             signal.signal(number, handler)
         if isinstance(error, NotFinite):
             raise InputError(self._where(error)) from error
-        if error and _is_out_of_memory(error):
-            raise InputError(self._too_large()) from error
         if kind is None and self.owed:
             for path, content in self.owed.items():
                 _write(path, content)
@@ -191,22 +187,9 @@ class Keeper:
             " look at these images, or start again with another learning_rate"
         )
 
-    def _too_large(self) -> str:
-        share = self.config.batch_size // self.process.world_size
-        return (
-            f"out of memory with batch_size {self.config.batch_size}, {share} images in each of"
-            f" {self.process.world_size} processes: choose a smaller one, or use more processes"
-        )
-
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     if path.name == NEWEST:
         write_newest(path.parent, content)
     else:
         write_checkpoint(path, content)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

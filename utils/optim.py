@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from utils.command_line import printable
 from utils.errors import InputError
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
@@ -59,6 +60,7 @@ def build_optimizer(
         raise InputError(
             f"unknown optimizer {name!r}: name one of torch.optim, such as Adam or SGD"
         )
+    arguments = (ADAM if name == "Adam" else {}) | dict(options or {})
     try:
         optimizer = constructor(
             [
@@ -66,13 +68,26 @@ def build_optimizer(
                 {"params": groups[True], "weight_decay": weight_decay},
             ],
             lr=learning_rate,
-            **(ADAM if name == "Adam" else {}) | dict(options or {}),
+            **arguments,
         )
-    except (TypeError, ValueError) as error:
-        raise InputError(f"optimizer {name} cannot be built so: {error}") from error
+        like = next(model.parameters())
+        if "weight_decay" in optimizer.defaults and not like.is_meta:
+            _try_a_step(constructor, like, arguments)
+    except Exception as error:  # options are checked by computing with them, whatever they are
+        said = printable(str(error).partition("\n")[0])
+        raise InputError(f"optimizer {name} cannot be built so: {said}") from error
     if "weight_decay" not in optimizer.defaults:
         raise InputError(f"optimizer {name} knows no weight decay: choose another")
     return optimizer
+
+
+def _try_a_step(
+    constructor: type[Optimizer], like: nn.Parameter, arguments: Mapping[str, Any]
+) -> None:
+    """Update a parameter that nobody needs: some options fail no earlier."""
+    parameter = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
+    parameter.grad = torch.zeros_like(parameter)
+    constructor([parameter], lr=0.1, **arguments).step()
 
 
 def describe_groups(optimizer: Optimizer) -> str:

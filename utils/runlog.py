@@ -56,9 +56,13 @@ class RunLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = logging.FileHandler(self.folder / "log.txt")
-        except OSError as error:
+            self._curves = SummaryWriter(
+                self.folder / "tensorboard", purge_step=max(len(history) - 1, 0)
+            )
+        except (OSError, UnicodeEncodeError) as error:
+            reason = getattr(error, "strerror", "TensorBoard takes names in UTF-8 only")
             raise InputError(
-                f"cannot write to {self.folder} ({error.strerror}):"
+                f"cannot write to {self.folder} ({reason}):"
                 " pass --save with a folder that can be written"
             ) from error
         self._file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -67,9 +71,6 @@ class RunLog:
         write_whole(self.folder / "config.yaml", lambda file: file.write(as_yaml(config).encode()))
         # A full disk is met again, and told, where a checkpoint or a record cannot be written.
         logging.raiseExceptions = False
-        self._curves = SummaryWriter(
-            self.folder / "tensorboard", purge_step=max(len(history) - 1, 0)
-        )
         if history:
             self._record(history)
 
