@@ -7,15 +7,18 @@ pair            the same with two processes, both killed
 rank            one of two processes under torchrun killed; the launcher goes on by itself
 checkpoint      bits flipped, blocks overwritten, ends cut off or added, at random offsets
 disk            a small tmpfs full, or the run's folder gone, for a while (needs the right to mount)
+image           one training image with bits flipped or its end cut off
+configuration   YAML files and command lines made wrong by Hypothesis, given to either step
+folder          image folders made wrong by Hypothesis: step 1, check_data and evaluate
 
-A round is survived if the run ends with the weights, optimizer state, best checkpoint and records
-of an unbroken one; a damaged file, if reading it gives one sentence.  Each fault starts from the
-seed.
+A round of the first five is survived if the run ends with the weights, optimizer state, best
+checkpoint and records of an unbroken one, and if reading a damaged file gives one sentence.  One of
+the others is survived if the program ends well, or with exit code 2, one sentence, which names the
+image, and nothing half written; unclear is any other end.  Each fault starts from the seed.
 """
 
 import argparse
 import contextlib
-import multiprocessing
 import os
 import platform
 import random
@@ -25,27 +28,35 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from scripts.check_data import main as check_data
+from scripts.evaluate import main as evaluate
+from step1.train import main as train_step1
 from step2.train import main as train
-from utils.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint
+from tests.apart import FORK, Ended, leftovers, run_apart
+from tests.damage import DAMAGE, cut_the_end_off, flip_a_bit, flip_many_bits
+from tests.outcomes import Outcome, compared
+from utils.checkpoint import NEWEST, PREVIOUS, read_checkpoint
 from utils.command_line import Parser, command, positive
 from utils.errors import InputError
 from utils.files import write_whole
 from utils.markdown import as_table
-from utils.records import RECORDS, read_records
 from utils.shapes import draw_set
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("bars", "disc", "star")
 IMAGES = {"train": 8, "val": 4}  # of each class
+ITERATIONS = 3  # of an epoch
 # A checkpoint after each iteration, three an epoch, so that kills meet the saving of many.
 TINY = {
     "image_size": 16,
@@ -61,9 +72,6 @@ TINY = {
     "checkpoint_minutes": 0,
 }
 LONGEST = 600.0  # seconds that any run may take
-FORK = multiprocessing.get_context("fork")  # torch is loaded once, by this process
-
-Outcome = str  # empty when survived, else what was lost or unclear
 
 
 class Bench:
@@ -72,6 +80,7 @@ class Bench:
     def __init__(self, folder: Path, rounds: int, seed: int):
         self.folder = folder
         self.rounds = rounds
+        self.seed = seed
         self.random = random.Random(seed)
         self.images = folder / "images"
         draw_set(self.images, CLASSES, IMAGES, "{}.jpg")
@@ -119,47 +128,6 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def difference(left: Any, right: Any, where: str = "") -> str:
-    """Where two nested values with tensors first differ; empty if they are bit-identical."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        if left.keys() != right.keys():
-            return f"{where} has other keys"
-        pairs = ((left[key], right[key], f"{where}/{key}") for key in left)
-    elif isinstance(left, list | tuple) and isinstance(right, list | tuple):
-        if len(left) != len(right):
-            return f"{where} has another length"
-        pairs = ((a, b, f"{where}/{i}") for i, (a, b) in enumerate(zip(left, right, strict=True)))
-    elif torch.is_tensor(left) and torch.is_tensor(right):
-        return "" if torch.equal(left, right) else where
-    else:
-        return "" if left == right else where
-    return next(filter(None, (difference(*pair) for pair in pairs)), "")
-
-
-def without_speed(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if "per_second" not in name}
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """All that a run leaves and computes, speed and place apart."""
-    found = {}
-    for name in (NEWEST, BEST):
-        content = dict(read_checkpoint(folder / name).content)
-        del content["config"]
-        content["history"] = [without_speed(record) for record in content["history"]]
-        found[name] = content
-    found[RECORDS] = [without_speed(record) for record in read_records(folder)]
-    return found
-
-
-def compared(whole: Path, folder: Path) -> Outcome:
-    try:
-        differs = difference(outcome(whole), outcome(folder))
-    except (InputError, OSError, ValueError) as error:
-        return f"lost: {error}"
-    return differs and f"lost: {differs} differs from the unbroken run"
-
-
 def kill(bench: Bench, processes: int = 1) -> Iterator[Outcome]:
     """One run, killed `rounds` times and then left alone."""
     whole, broken = bench.folder / "whole", bench.folder / "broken"
@@ -173,7 +141,7 @@ def kill(bench: Bench, processes: int = 1) -> Iterator[Outcome]:
     shutil.rmtree(whole)
     bench.finish(log, bench.arguments(whole, epochs=epochs), processes)
     arguments = bench.arguments(broken, epochs=epochs)
-    reached = []
+    position, met = (-1, 0), Counter()
     for _ in range(bench.rounds):
         peers = bench.start(log, arguments, processes)
         time.sleep(bench.random.uniform(0, 1.3 * life))
@@ -181,18 +149,35 @@ def kill(bench: Bench, processes: int = 1) -> Iterator[Outcome]:
             peer.kill()
         for peer in peers:
             peer.join()
-        newest = broken / (NEWEST if (broken / NEWEST).exists() else PREVIOUS)
+        before = position
         try:
-            reached.append(read_checkpoint(newest).epoch if newest.exists() else -1)
-            problem = ""
+            position = reached(broken)
+            yield f"lost: back from {before} to {position}" if position < before else ""
         except InputError as error:
-            problem = f"lost: {error}"
-        if reached[-2:] != sorted(reached[-2:]):
-            problem = f"lost: back from epoch {reached[-2]} to {reached[-1]}"
-        yield problem
-    print(f"killed {bench.rounds} times on the way to epoch {reached[-1]} of {epochs}", flush=True)
+            yield f"lost: {error}"
+        met[phase(broken, before, position)] += 1
+    told = ", ".join(f"{count} in {name}" for name, count in met.most_common())
+    print(f"killed on the way to epoch {position[0]} of {epochs}: {told}", flush=True)
     bench.finish(log, arguments, processes)
     yield compared(whole, broken)
+
+
+def reached(folder: Path) -> tuple[int, int]:
+    """The last epoch finished, and the iterations done of the next, in the newest checkpoint."""
+    newest = folder / (NEWEST if (folder / NEWEST).exists() else PREVIOUS)
+    if not newest.exists():
+        return -1, 0
+    content = read_checkpoint(newest).content
+    return content["epoch"], content.get("unfinished", {"iteration": 0})["iteration"]
+
+
+def phase(folder: Path, before: tuple[int, int], position: tuple[int, int]) -> str:
+    """What a run was about when it was killed, as far as its folder tells."""
+    if any(folder.glob(".*.unfinished-*")):
+        return "saving"
+    if position == before:
+        return "start-up"
+    return "validation" if position[1] == ITERATIONS else "training"
 
 
 def pair(bench: Bench) -> Iterator[Outcome]:
@@ -256,35 +241,6 @@ def checkpoint(bench: Bench) -> Iterator[Outcome]:
                 yield "" if "\n" not in str(error) else f"unclear: {error}"
 
 
-def flip_a_bit(data: bytearray, chance: random.Random) -> bytes:
-    data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
-    return data
-
-
-def flip_many_bits(data: bytearray, chance: random.Random) -> bytes:
-    for _ in range(chance.randint(2, 1000)):
-        flip_a_bit(data, chance)
-    return data
-
-
-def overwrite_a_block(data: bytearray, chance: random.Random) -> bytes:
-    start, length = chance.randrange(len(data) - 4096), chance.randint(64, 4096)
-    data[start : start + length] = chance.randbytes(length)
-    return data
-
-
-def cut_the_end_off(data: bytearray, chance: random.Random) -> bytes:
-    near_the_end = chance.random() < 0.5
-    return data[: chance.randrange(len(data) - 200 if near_the_end else 0, len(data))]
-
-
-def add_to_the_end(data: bytearray, chance: random.Random) -> bytes:
-    return data + chance.randbytes(chance.randint(1, 5000))
-
-
-DAMAGE = (flip_a_bit, flip_many_bits, overwrite_a_block, cut_the_end_off, add_to_the_end)
-
-
 def disk(bench: Bench) -> Iterator[Outcome]:
     """Runs on a tmpfs that is filled, or whose folder is gone, at a random moment for a while."""
     whole = bench.folder / "whole"
@@ -334,13 +290,101 @@ def gone(mounted: Path) -> Iterator[None]:
     (mounted / "elsewhere").rename(mounted / "run")
 
 
+def image(bench: Bench) -> Iterator[Outcome]:
+    """Runs on a damaged image, which they decode or name; those that name it also replace it."""
+    ends = Counter()
+    for number in range(bench.rounds):
+        place = bench.folder / str(number)
+        shutil.copytree(bench.images, place / "images")
+        path = bench.random.choice(sorted(place.glob("images/train/*/*")))
+        damage = bench.random.choice((flip_a_bit, flip_many_bits, cut_the_end_off))
+        path.write_bytes(damage(bytearray(path.read_bytes()), bench.random))
+        arguments = bench.arguments(Path("out"), data="images", epochs=1)
+        ended = run_apart(train, arguments, place)
+        ends[ended.code] += 1
+        problem = judged(ended, place)
+        if not problem and ended.code:
+            if str(path) not in ended.err:
+                problem = f"unclear: {path} is not named: {ended.err}"
+            skipping = run_apart(train, [*arguments, "--skip_unreadable", "1"], place)
+            if skipping.code or f"warning: cannot decode image {path}" not in skipping.err:
+                problem = f"lost: not replaced: {skipping.err}"
+        yield problem
+    print(f"{ends[0]} were decoded, {ends[2]} named and then replaced", flush=True)
+
+
+def configuration(bench: Bench) -> Iterator[Outcome]:
+    malformed = malformed_examples()
+    ends = Counter()
+    base = {**TINY, "epochs": 1, "data": "images", "save": "out"}
+    mistakes = malformed.drawn(malformed.mistakes(base), bench.rounds, bench.seed)
+    for number, mistake in enumerate(mistakes):
+        place = bench.folder / str(number)
+        place.mkdir()
+        (place / "images").symlink_to(bench.images)
+        program = (train_step1, train)[number % 2]
+        ended = run_apart(program, mistake.write(place), place)
+        ends[ended.code] += 1
+        problem = judged(ended, place)
+        yield problem and f"{problem}, of {mistake}"
+    print(f"{ends[0]} were trained with, {ends[2]} refused", flush=True)
+
+
+def folder(bench: Bench) -> Iterator[Outcome]:
+    malformed = malformed_examples()
+    ends = Counter()
+    run = bench.folder / "run"
+    bench.finish(bench.folder / "log", bench.arguments(run, epochs=1))
+    arguments = bench.arguments(Path("out"), data="images", epochs=1)
+    programs = {
+        train_step1: arguments,
+        check_data: ["images", "--workers", "1", "--classes"],
+        evaluate: [str(run / NEWEST), "--data", "images", "--workers", "0"],
+    }
+    wrong_folders = malformed.drawn(malformed.wrong_folders(), bench.rounds, bench.seed)
+    for number, wrong in enumerate(wrong_folders):
+        place = bench.folder / str(number)
+        place.mkdir()
+        wrong.write(bench.images, place / "images")
+        problem = ""
+        for program, arguments in programs.items():
+            ended = run_apart(program, arguments, place)
+            problem = problem or judged(ended, place)
+            ends[program, ended.code] += 1
+        yield problem and f"{problem}, of {wrong}"
+    print(f"{ends[train_step1, 0]} were trained on, {ends[train_step1, 2]} refused", flush=True)
+
+
+def judged(ended: Ended, place: Path) -> Outcome:
+    """Of a program that should end well or with one sentence, and leave nothing half written."""
+    if complaint := ended.complaint():
+        return f"unclear: {complaint}"
+    left = leftovers(place / "out")
+    return f"lost: {left[0]} is not whole" if left else ""
+
+
+def malformed_examples() -> ModuleType:
+    try:
+        from tests import malformed
+    except ImportError as error:
+        raise InputError(
+            f"the faults {' and '.join(NEED_HYPOTHESIS)} need the package {error.name}:"
+            " python -m pip install -r requirements-test.txt"
+        ) from error
+    return malformed
+
+
 FAULTS: dict[str, Callable[[Bench], Iterator[Outcome]]] = {
     "kill": kill,
     "pair": pair,
     "rank": rank,
     "checkpoint": checkpoint,
     "disk": disk,
+    "image": image,
+    "configuration": configuration,
+    "folder": folder,
 }
+NEED_HYPOTHESIS = ("configuration", "folder")
 
 
 def parse() -> argparse.Namespace:
@@ -354,6 +398,8 @@ def parse() -> argparse.Namespace:
     unknown = [name for name in arguments.faults if name not in FAULTS]
     if unknown:
         raise InputError(f"faults are {', '.join(FAULTS)}, not {unknown[0]}")
+    if not set(NEED_HYPOTHESIS).isdisjoint(arguments.faults):
+        malformed_examples()
     return arguments
 
 
