@@ -59,6 +59,36 @@ def test_a_missing_folder_is_one_sentence(run_script, tmp_path):
     run_script("check_data", tmp_path / "no").assert_one_sentence("does not exist")
 
 
+@pytest.mark.parametrize("target", ["..", "../../val", "../disc"])
+def test_links_that_lead_back_are_refused_alike_and_others_followed_alike(
+    run_script, run_step, folder, target
+):
+    (folder / "val" / "bars" / "all").symlink_to("../..")
+    (folder / "train" / "star" / "link").symlink_to(target)
+    for result in (run_script("check_data", folder, "--workers", "1"), run_step(1, data=folder)):
+        assert result.code == 2
+        assert "is a link back to" in result.err.splitlines()[-1]
+    (folder / "val" / "bars" / "all").unlink()
+    checked = run_script("check_data", folder, "--workers", "1")
+    trained = run_step(1, data=folder, epochs=1)
+    assert checked.code == trained.code == (2 if target == ".." else 0)
+
+
+def test_a_link_to_nothing_is_an_unreadable_image(run_script, run_step, folder):
+    link = folder / "train" / "star" / "gone.png"
+    link.symlink_to("nothing")
+    assert f"unreadable: {link}" in run_script("check_data", folder, "--workers", "1").out
+    run_step(1, data=folder).assert_one_sentence(f"cannot decode image {link}")
+
+
+def test_names_that_break_a_line_or_are_no_utf8_are_escaped(run_script, run_step, folder):
+    broken = folder / "train" / "star" / "two\nlines\udcff.png"
+    broken.write_bytes(b"no image")
+    escaped = "star/two\\nlines\\udcff.png"
+    assert escaped in run_script("check_data", folder, "--workers", "1").out
+    run_step(1, data=folder).assert_one_sentence(escaped)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_unreadable_images_are_replaced_and_counted_up_to_the_number_allowed(
     run_step, tmp_path, folder, workers

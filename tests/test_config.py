@@ -94,6 +94,11 @@ def test_text_fields_keep_text_that_looks_like_a_number(monkeypatch, tmp_path):
         (["--image_size", "288"], ["val_resize 256 is smaller than the image_size 288"]),
         (["--keep_epochs", "3"], ["keep_epochs must be a list", "3"]),
         (["--keep_epochs", "[0, -1]"], ["keep_epochs must be whole numbers from 0"]),
+        (["--seed", "9223372036854775808"], ["seed must be at most"]),
+        (["--width", "1" * 400], ["width must be a finite number"]),
+        (["--epochs", "2001-99-99"], ["epochs must be a whole number"]),
+        (["--save", "\ud800"], ["save must be text that can name a file"]),
+        (["--optimizer_options", "{maximize: 2001-01-01}"], ["optimizer_options must give names"]),
         (["--config", "missing.yaml"], ["cannot read configuration", "missing.yaml"]),
     ],
 )
@@ -114,6 +119,10 @@ def test_wrong_option_is_one_sentence_with_its_name(arguments, words):
         ("", ["must hold one `name: value` per line"]),
         ("1: 2", ["must hold one `name: value` per line"]),
         ("epochs: [3", ["is not YAML"]),
+        ("epochs: 3\nepochs: 4", ["is not YAML", "'epochs' stands twice"]),
+        ("epochs: 2001-99-99", ["is not YAML", "month must be in 1..12"]),
+        ("[" * 5000, ["is not YAML"]),
+        ("epochs: 0x" + "f" * 5000, ["epochs must be at most", "thousands of digits"]),
     ],
 )
 def test_wrong_yaml_is_one_sentence(tmp_path, text, words):

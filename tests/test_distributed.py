@@ -25,6 +25,7 @@ from utils.distributed import Process, broadcast_buffers, distribute, training_p
 from utils.launch import torchrun_settings
 from utils.live import LiveMeasures, NoMeasures
 from utils.optim import build_optimizer
+from utils.records import read_records
 
 IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
 
@@ -217,6 +218,23 @@ def test_two_processes_stopped_and_then_one_killed_end_with_the_bits_of_an_unbro
     assert "Traceback" not in err
     for name in (NEWEST, BEST):
         assert_same_run(whole / name, folder / name)
+
+
+def test_step1s_run_script_goes_on_by_itself_when_a_process_is_killed(tmp_path, image_folder):
+    shared = {"data": image_folder, "epochs": 4, "checkpoint_minutes": 0}
+    whole, folder = tmp_path / "whole", tmp_path / "broken"
+    assert launch("step1/run.sh", *options(save=whole, **shared)).returncode == 0
+    with start("step1/run.sh", *options(save=folder, **shared)) as running:
+        wait_for(folder / NEWEST)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        out, err = running.communicate(timeout=300)
+    assert running.returncode == 0, err
+    assert "a process ended with code -9: all start again" in out
+    assert "Traceback" not in err
+    for name in (NEWEST, BEST):
+        assert_same_run(whole / name, folder / name)
+    assert [record["epoch"] for record in read_records(folder)] == [0, 1, 2, 3]
 
 
 def wait_for(path: Path) -> None:

@@ -20,6 +20,7 @@ from utils.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint, write_chec
 from utils.errors import InputError
 from utils.files import LOCK
 from utils.keeping import Keeper
+from utils.limits import is_out_of_memory
 from utils.sealing import is_intact
 
 ITERATIONS = 3  # of an epoch
@@ -272,6 +273,36 @@ def test_too_little_memory_names_the_batch_size(run_step, monkeypatch):
 
     monkeypatch.setattr(engine, "batch_loss", allocate)
     run_step(1).assert_one_sentence("out of memory with batch_size 8", "choose a smaller one")
+
+
+@pytest.mark.parametrize("place", ["build_model", "place", "live_measures", "distribute"])
+def test_too_little_memory_before_the_first_step_is_told_alike(run_step, monkeypatch, place):
+    def allocate(*_, **__):
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(f"step1.train.{place}", allocate)
+    run_step(1).assert_one_sentence("out of memory with batch_size 8", "width 0.03125")
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (OSError(12, "Cannot allocate memory"), True),
+        (RuntimeError("shape mismatch"), False),
+    ],
+)
+def test_too_little_memory_is_known_by_type_or_words_also_within_a_compilers_error(error, found):
+    wrapped = ValueError("the compiler failed")
+    wrapped.__cause__ = error
+    assert is_out_of_memory(error) is is_out_of_memory(wrapped) is found
+
+
+def test_a_batch_of_one_image_that_bn_cannot_normalise_is_told(run_step):
+    sizes = {"image_size": 8, "val_resize": 8, "batch_size": 1}
+    run_step(1, **sizes).assert_one_sentence("one image of image_size 8", "batch_size (here 1)")
 
 
 def test_a_few_rounds_of_injected_faults_are_survived(tmp_path):

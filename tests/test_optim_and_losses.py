@@ -61,6 +61,8 @@ def test_other_optimizers_are_built_by_name_with_their_options():
         ("Adam", {"momentum": 0.9}, "optimizer Adam cannot be built so"),
         ("LBFGS", {}, "optimizer LBFGS cannot be built so"),
         ("SparseAdam", {}, "knows no weight decay"),
+        ("Adam", {"betas": [0.9]}, "optimizer Adam cannot be built so: list index"),
+        ("SGD", {"dampening": "x", "momentum": 0.9}, "optimizer SGD cannot be built so"),
     ],
 )
 def test_an_optimizer_that_does_not_fit_is_one_sentence(name, options, words):

@@ -321,6 +321,26 @@ def test_batch_that_does_not_divide(run_step, monkeypatch, image_folder):
         train_loader(images, config, process)
 
 
+def test_fewer_images_than_processes(image_folder):
+    from utils.config import parse_config
+    from utils.data import open_images, train_loader
+    from utils.distributed import Process
+    from utils.errors import InputError
+
+    arguments = ["--data", str(image_folder), "--train_per_class", "1", "--batch_size", "16"]
+    config = parse_config(Path("step1/config.yaml").absolute(), arguments)
+    process = Process(0, 0, 4, torch.device("cpu"))
+    images, _ = open_images(config, process)
+    with pytest.raises(InputError, match="3 training images are fewer than the 4 processes"):
+        train_loader(images, config, process)
+
+
+def test_a_teacher_that_cannot_compute_the_image_size(run_step, monkeypatch):
+    monkeypatch.setattr("models.teacher._build", lambda *_: torch.nn.Conv2d(3, 3, 99))
+    result = run_step(1, teacher="resnet18")
+    result.assert_one_sentence("the teacher resnet18 cannot compute images of 16 pixels", "Kernel")
+
+
 def test_folder_that_cannot_be_written(run_step, tmp_path):
     file = tmp_path / "file"
     file.write_text("in the way")

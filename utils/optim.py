@@ -72,7 +72,7 @@ def build_optimizer(
         )
         like = next(model.parameters())
         if "weight_decay" in optimizer.defaults and not like.is_meta:
-            _try_a_step(constructor, like, arguments)
+            _try_steps(constructor, like, arguments)
     except Exception as error:  # options are checked by computing with them, whatever they are
         said = printable(str(error).partition("\n")[0])
         raise InputError(f"optimizer {name} cannot be built so: {said}") from error
@@ -81,13 +81,15 @@ def build_optimizer(
     return optimizer
 
 
-def _try_a_step(
+def _try_steps(
     constructor: type[Optimizer], like: nn.Parameter, arguments: Mapping[str, Any]
 ) -> None:
-    """Update a parameter that nobody needs: some options fail no earlier."""
+    """Update a parameter that nobody needs: some options fail in a step, or in the second."""
     parameter = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
     parameter.grad = torch.zeros_like(parameter)
-    constructor([parameter], lr=0.1, **arguments).step()
+    optimizer = constructor([parameter], lr=0.1, **arguments)
+    for _ in range(2):
+        optimizer.step()
 
 
 def describe_groups(optimizer: Optimizer) -> str:
