@@ -1,5 +1,6 @@
 """What someone got wrong ends with one sentence, or is no matter; never with a traceback."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,10 @@ def test_a_malformed_folder_is_trained_on_or_told_and_checked_alike(tmp_path, im
         assert not checked.complaint(), wrong
         assert trained.code == checked.code, wrong
         assert not leftovers(folder / "out"), wrong
+
+
+def test_faults_made_by_hypothesis_need_its_package(run_script, monkeypatch):
+    monkeypatch.delitem(sys.modules, "tests.malformed", raising=False)
+    monkeypatch.setitem(sys.modules, "hypothesis", None)
+    result = run_script("fault_injection", "--faults", "folder")
+    result.assert_one_sentence("need the package hypothesis", "requirements-test.txt")
