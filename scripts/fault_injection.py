@@ -19,9 +19,11 @@ image, and nothing half written; unclear is any other end.  Each fault starts fr
 
 import argparse
 import contextlib
+import functools
 import os
 import platform
 import random
+import runpy
 import shutil
 import socket
 import subprocess
@@ -39,8 +41,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from scripts.check_data import main as check_data
-from scripts.evaluate import main as evaluate
 from step1.train import main as train_step1
 from step2.train import main as train
 from tests.apart import FORK, Ended, leftovers, run_apart
@@ -338,8 +338,8 @@ def folder(bench: Bench) -> Iterator[Outcome]:
     arguments = bench.arguments(Path("out"), data="images", epochs=1)
     programs = {
         train_step1: arguments,
-        check_data: ["images", "--workers", "1", "--classes"],
-        evaluate: [str(run / NEWEST), "--data", "images", "--workers", "0"],
+        script("check_data"): ["images", "--workers", "1", "--classes"],
+        script("evaluate"): [str(run / NEWEST), "--data", "images", "--workers", "0"],
     }
     wrong_folders = malformed.drawn(malformed.wrong_folders(), bench.rounds, bench.seed)
     for number, wrong in enumerate(wrong_folders):
@@ -353,6 +353,12 @@ def folder(bench: Bench) -> Iterator[Outcome]:
             ends[program, ended.code] += 1
         yield problem and f"{problem}, of {wrong}"
     print(f"{ends[train_step1, 0]} were trained on, {ends[train_step1, 2]} refused", flush=True)
+
+
+def script(name: str) -> Callable[[], object]:
+    """Another script as a program; scripts do not import one another."""
+    path = ROOT / "scripts" / f"{name}.py"
+    return functools.partial(runpy.run_path, str(path), run_name="__main__")
 
 
 def judged(ended: Ended, place: Path) -> Outcome:
