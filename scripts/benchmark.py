@@ -1,16 +1,18 @@
 """What the code costs: both sides in turn in one process, medians of interleaved rounds.
 
     python scripts/benchmark.py measures       a training step with and without the live measures
-    python scripts/benchmark.py step           a training step against the composed one
-    python scripts/benchmark.py evaluation     a forward pass against the composed one
+    python scripts/benchmark.py step           a training step against another
+    python scripts/benchmark.py evaluation     a forward pass against another
     python scripts/benchmark.py loader         loading one image against the released transforms
 
     python scripts/benchmark.py speed          all of these and their options: a page of results
     python scripts/benchmark.py inference      engines with and without bits: a page of results
 
-`composed` is the same computation from elementary operations (tests/composed.py), in float32, eager
-and NCHW; the other side takes --precision, --compile and --channels_last.  `step --split` tells
-how long teacher, forward, backward and optimizer take, one after the other.
+The one side takes --precision, --compile and --channels_last; the other is float32, eager and NCHW:
+with --against composed (the default) composed from elementary operations (tests/composed.py), with
+--against eager our own code.  Convolutions and products of float32 use TF32 on both sides if the
+precision is not float32.  `step --split` tells how long teacher, forward, backward and optimizer
+take, one after the other.
 """
 
 import argparse
@@ -56,6 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--against", choices=("composed", "eager"), default="composed")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels_last", action="store_true")
     parser.add_argument("--teacher", action="store_true", help="a torchvision ResNet-34, in `step`")
@@ -103,19 +106,23 @@ def step_with_and_without_measures(arguments: argparse.Namespace) -> tuple[Sides
 
 
 class Side:
-    """A network, its teacher and its optimizer, as one side of a comparison."""
+    """A network, its teacher and its optimizer, as one side of a comparison.
 
-    def __init__(self, arguments: argparse.Namespace, is_composed: bool):
+    Args:
+        name: "ours", with all options; "eager", the same code without any; or "composed".
+    """
+
+    def __init__(self, arguments: argparse.Namespace, name: str):
         torch.manual_seed(0)
         self.device = device_of_this_machine()
-        self.precision = "float32" if is_composed else arguments.precision
-        channels_last = arguments.channels_last and not is_composed
-        compiles = arguments.compile and not is_composed
+        self.precision = arguments.precision if name == "ours" else "float32"
+        channels_last = arguments.channels_last and name == "ours"
+        compiles = arguments.compile and name == "ours"
         model = build_model(arguments.model, latent_init="symmetric")
-        if is_composed:
+        if name == "composed":
             model = composed.composed(model)
         place(model, self.device, channels_last)
-        options = {"fused": False} if is_composed else None
+        options = {"fused": False} if name == "composed" else None
         self.optimizer = build_optimizer(model, 1e-3, 0.0, options=options)
         self.model = compiled(model, compiles)
         self.teacher = None
@@ -191,9 +198,9 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def against_composed(arguments: argparse.Namespace, run: Callable) -> tuple[Sides, dict]:
+def paired(arguments: argparse.Namespace, run: Callable) -> tuple[Sides, dict]:
     set_precision(arguments.precision)
-    sides = {"composed": Side(arguments, True), "ours": Side(arguments, False)}
+    sides = {name: Side(arguments, name) for name in (arguments.against, "ours")}
     notes = {"saved for backward, MiB/image": {n: side.saved_bytes() for n, side in sides.items()}}
     if sides["ours"].device.type == "cuda":
         notes["peak memory, MiB"] = {name: peak_memory(side, run) for name, side in sides.items()}
@@ -228,12 +235,12 @@ def peak_memory(side: Side, run: Callable) -> float:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
-def step_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
-    return against_composed(arguments, Side.step)
+def step(arguments: argparse.Namespace) -> tuple[Sides, dict]:
+    return paired(arguments, Side.step)
 
 
-def evaluation_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
-    return against_composed(arguments, Side.evaluate)
+def evaluation(arguments: argparse.Namespace) -> tuple[Sides, dict]:
+    return paired(arguments, Side.evaluate)
 
 
 def loader_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
@@ -308,8 +315,8 @@ def report(
 
 BENCHMARKS = {
     "measures": step_with_and_without_measures,
-    "step": step_against_composed,
-    "evaluation": evaluation_against_composed,
+    "step": step,
+    "evaluation": evaluation,
     "loader": loader_against_composed,
 }
 
