@@ -20,12 +20,14 @@ import yaml
 
 from utils.binarize import ACTIVATION_STES, LATENT_INITS
 from utils.command_line import Parser
+from utils.decoding import DECODERS
 from utils.errors import InputError
 from utils.optim import DECAY_GROUPS, SCHEDULES
 from utils.precision import PRECISIONS
 
 BUILTIN_DATA = ("shapes", "cifar10")
 LIGHTINGS = ("released", "textbook", "none")
+RESIZES = ("pil", "torch")
 LARGEST_SIDE = 65_535  # pixels, of JPEG
 LARGEST_WIDTH = 1000  # above it sizes of layers no longer fit into 64 bits
 LARGEST_INTEGER = 2**63 - 1  # of torch
@@ -130,6 +132,17 @@ class Config:
     accumulate: int = _option("parts a batch is computed in, BN statistics of each", 1, minimum=1)
 
     # Speed
+    decoder: str = _option(
+        "of training images, pixels the same; nvimagecodec decodes only the crop of a JPEG",
+        "pil",
+        choices=DECODERS,
+        place=True,
+    )
+    resize: str = _option(
+        "of training crops, pil as released; torch is faster, a byte may differ by 2",
+        "pil",
+        choices=RESIZES,
+    )
     precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
     compile: bool = _option("torch.compile the network and its teacher", False)
     channels_last: bool = _option("memory layout of convolutions", False)

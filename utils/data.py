@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,9 +24,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import resize
 
 from utils.command_line import printable
 from utils.config import Config
+from utils.decoding import CroppedImage, nvimagecodec, undecodable, whole_image
 from utils.distributed import Process, first_on_each_machine
 from utils.errors import InputError
 from utils.files import is_folder
@@ -81,22 +83,46 @@ class ImageSizes(Protocol):
     val_resize: int
 
 
+def resized_by_pillow(crop: Image.Image | np.ndarray, size: int) -> Tensor:
+    """Antialiased bilinear, as released: an RGB image or its bytes -> bytes (3, size, size)."""
+    image = crop if isinstance(crop, Image.Image) else Image.fromarray(crop)
+    return pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def resized_by_torch(crop: Image.Image | np.ndarray, size: int) -> Tensor:
+    """The same filter with coefficients of 16 bits: a byte may differ, by at most 2."""
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
+    return resize(pixels, [size, size], antialias=True)
+
+
+RESIZE = {"pil": resized_by_pillow, "torch": resized_by_torch}
+
+
 class TrainTransform:
-    """PIL image -> its bytes (3, size, size), and what Lighting adds to each channel, (3,).
+    """RGB image -> its bytes (3, size, size), and what Lighting adds to each channel, (3,).
 
     Randomness is drawn in the released order, crop, lighting, flip; flipping a channel and adding
-    to it commute.
+    to it commute.  Of a `CroppedImage` no more than the crop is decoded.
     """
 
     def __init__(self, config: Config):
         self.crop = transforms.RandomResizedCrop(config.image_size, scale=(config.crop_scale, 1.0))
+        self.size = config.image_size
+        self.resize = RESIZE[config.resize]
         self.lighting = LIGHTING[config.lighting]
         self.flip = transforms.RandomHorizontalFlip()
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        image = self.crop(image)
+    def __call__(self, image: Image.Image | CroppedImage) -> tuple[Tensor, Tensor]:
+        pixels = self.resize(image.crop(self.box(image.size)), self.size)
         shift = self.lighting()
-        return pil_to_tensor(self.flip(image)), shift
+        return self.flip(pixels), shift
+
+    def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """A random crop of an image of (width, height): left, top, right, bottom."""
+        width, height = size
+        shape = torch.empty(3, height, width, device="meta")
+        top, left, rows, columns = self.crop.get_params(shape, self.crop.scale, self.crop.ratio)
+        return left, top, left + columns, top + rows
 
 
 class ValTransform:
@@ -129,7 +155,7 @@ class SeededImages(Dataset):
     An item is (bytes (3, S, S), channel shifts (3,), label).
 
     Args:
-        images: a torchvision data set giving (PIL image, label).
+        images: a torchvision data set giving (image, label).
         transform: as `TrainTransform`; its randomness may come from torch's generator only.
         per_class: only the first so many images of each class; None takes all.
         skip: so many images may be unreadable; each is replaced by the next one that is not.
@@ -157,27 +183,27 @@ class SeededImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
         epoch, index = key
-        image, label = self._readable(index)
-        # Without workers this runs in the training process, whose generator must not move.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
-            return *self.transform(image), label
+        seed = mixed_seed(self.seed, epoch, index)
+        while True:
+            try:
+                return self._augmented(self.chosen[index], seed)
+            except InputError as error:
+                if self.skip == 0:
+                    raise
+                self._count_unreadable(index, error)
+            index = (index + 1) % len(self)
 
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Images of epoch 0 as the network takes them, (n, 3, S, S), and their labels (n,)."""
         pixels, shifts, labels = default_collate([self[0, index] for index in indices])
         return network_input(pixels, shifts), labels
 
-    def _readable(self, index: int) -> tuple[Image.Image, int]:
-        """Image `index` or, within what `skip` allows, the next one that can be read."""
-        while True:
-            try:
-                return self._decoded(self.chosen[index])
-            except InputError as error:
-                if self.skip == 0:
-                    raise
-                self._count_unreadable(index, error)
-            index = (index + 1) % len(self)
+    def _augmented(self, index: int, seed: int) -> tuple[Tensor, Tensor, int]:
+        image, label = self._opened(index)
+        # Without workers this runs in the training process, whose generator must not move.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return *self.transform(image), label
 
     def _count_unreadable(self, index: int, error: InputError) -> None:
         if self.unreadable[index]:
@@ -191,14 +217,12 @@ class SeededImages(Dataset):
         warning = printable(f"warning: {error}; replaced, {count} of {self.skip}")
         print(warning, file=sys.stderr, flush=True)
 
-    def _decoded(self, index: int) -> tuple[Image.Image, int]:
+    def _opened(self, index: int) -> tuple[Image.Image | CroppedImage, int]:
         try:
             return self.images[index]
         except Exception as error:  # PIL raises many types for a file it cannot decode
             where = getattr(self.images, "samples", {index: (index,)})[index][0]
-            raise InputError(
-                f"cannot decode image {where} ({type(error).__name__}): repair or remove it"
-            ) from error
+            raise undecodable(where, error) from error
 
 
 def _first_of_each_class(labels: Sequence[int], count: int | None) -> Sequence[int]:
@@ -260,13 +284,7 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
     Raises:
         InputError: a missing or empty folder, classes that differ, or a failed download.
     """
-    train = SeededImages(
-        _open_split(config, process, True),
-        TrainTransform(config),
-        config.seed,
-        config.train_per_class,
-        config.skip_unreadable,
-    )
+    train = open_train_images(config, process)
     val = open_val_images(config, process)
     if train.classes != val.classes:
         raise InputError(
@@ -275,6 +293,17 @@ def open_images(config: Config, process: Process) -> tuple[SeededImages, SeededI
             f" only in one: {', '.join(sorted({*train.classes} ^ {*val.classes})[:3])}"
         )
     return train, val
+
+
+def open_train_images(config: Config, process: Process) -> SeededImages:
+    """The training images alone."""
+    return SeededImages(
+        _open_split(config, process, True),
+        TrainTransform(config),
+        config.seed,
+        config.train_per_class,
+        config.skip_unreadable,
+    )
 
 
 def open_val_images(config: Config, process: Process) -> SeededImages:
@@ -291,10 +320,19 @@ def _open_split(config: Config, process: Process, train: bool) -> ImageFolder | 
         if config.data == "shapes":
             folder = Path(config.cache_dir) / "shapes"
             _draw_shapes(folder)
-        return _image_folder(folder, "train" if train else config.val_dir)
+        if train:
+            return _image_folder(folder, "train", _reader(config.decoder))
+        return _image_folder(folder, config.val_dir, whole_image)
 
 
-def _image_folder(folder: Path, split: str) -> ImageFolder:
+def _reader(decoder: str) -> Callable[[str], Image.Image | CroppedImage]:
+    if decoder == "pil":
+        return whole_image
+    nvimagecodec()  # so that a missing package is told before training
+    return CroppedImage
+
+
+def _image_folder(folder: Path, split: str, read: Callable) -> ImageFolder:
     root = folder / split
     if not is_folder(root):
         raise InputError(
@@ -302,7 +340,7 @@ def _image_folder(folder: Path, split: str) -> ImageFolder:
             f" train/<class>/ and {split if split != 'train' else 'val'}/<class>/,"
             " or --data shapes for the built-in images"
         )
-    return ImageFolder(root)
+    return ImageFolder(root, loader=read)
 
 
 def _cifar10(config: Config, train: bool) -> CIFAR10:
