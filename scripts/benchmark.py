@@ -4,26 +4,32 @@
     python scripts/benchmark.py step           a training step against another
     python scripts/benchmark.py evaluation     a forward pass against another
     python scripts/benchmark.py loader         loading one image against the released transforms
+    python scripts/benchmark.py workers        loading batches with 0, 1, 2, ... workers
 
     python scripts/benchmark.py speed          all of these and their options: a page of results
     python scripts/benchmark.py inference      engines with and without bits: a page of results
 
-The one side takes --precision, --compile and --channels_last; the other is float32, eager and NCHW:
-with --against composed (the default) composed from elementary operations (tests/composed.py), with
---against eager our own code.  Convolutions and products of float32 use TF32 on both sides if the
-precision is not float32.  `step --split` tells how long teacher, forward, backward and optimizer
-take, one after the other.
+Of a step and an evaluation, one side takes --precision, --compile and --channels_last; the other is
+float32, eager and NCHW: with --against composed (the default) composed from elementary operations
+(tests/composed.py), with --against eager our own code.  Products of float32 use TF32 on both sides
+if the precision is not float32.  `step --split` tells how long teacher, forward, backward and
+optimizer take, one after the other.  `loader` and `workers` read JPEGs of about ImageNet's size, made
+here; with `--decoder pil nvimagecodec --resize pil torch` all four combinations take turns.
 """
 
 import argparse
-import io
+import atexit
+import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,12 +40,15 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torchvision.datasets.folder import pil_loader
 
 from models import build_model
 from tests import composed
 from utils.command_line import Parser, command
-from utils.config import parse_config
-from utils.data import TrainTransform
+from utils.config import RESIZES, Config, parse_config
+from utils.data import SeededImages, open_train_images, train_loader
+from utils.decoding import DECODERS
+from utils.distributed import Process
 from utils.engine import train_one_epoch
 from utils.live import LiveMeasures
 from utils.losses import batch_loss
@@ -64,6 +73,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", action="store_true", help="a torchvision ResNet-34, in `step`")
     parser.add_argument("--split", action="store_true", help="time the parts of `step`")
     parser.add_argument("--profile", type=Path, help="write our costliest operations to this file")
+    parser.add_argument(
+        "--decoder", choices=DECODERS, nargs="+", default=["pil"], help="those that are compared"
+    )
+    parser.add_argument(
+        "--resize", choices=RESIZES, nargs="+", default=["pil"], help="those that are compared"
+    )
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers that are compared"
+    )
     parser.add_argument("--json", type=Path, help="write everything to this file as well")
     return parser.parse_args()
 
@@ -244,33 +262,81 @@ def evaluation(arguments: argparse.Namespace) -> tuple[Sides, dict]:
 
 
 def loader_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
-    """JPEGs of about ImageNet's size, made here; one process, no workers."""
-    config = parse_config(STEP2, ["--image_size", str(arguments.image_size)])
-    files = [imagenet_sized_jpeg(seed) for seed in range(arguments.batch_size)]
-    ours = TrainTransform(config)
-    theirs = composed.train_transform(config.image_size, config.crop_scale)
-
-    def load(transform: Callable) -> Callable[[], None]:
-        def run() -> None:
-            torch.manual_seed(0)  # the same crops on both sides
-            for file in files:
-                transform(Image.open(io.BytesIO(file)).convert("RGB"))
-
-        return run
-
-    mean = sum(map(len, files)) / len(files) / 1e3
-    return {"composed": load(theirs), "ours": load(ours)}, {"mean file, KB": {"both": mean}}
+    """One process, no workers, no batches."""
+    folder, notes = folder_of_jpegs(arguments.batch_size)
+    sides = {}
+    for config in loader_configs(arguments, folder):
+        images = open_train_images(config, Process(0, 0, 1, torch.device("cpu")))
+        if not sides:
+            sides["composed"] = loading(
+                images.images.samples, pil_loader, composed_transform(config)
+            )
+        name = f"decoder {config.decoder}, resize {config.resize}"
+        sides[name] = loading(images.images.samples, images.images.loader, images.transform)
+    return sides, notes
 
 
-def imagenet_sized_jpeg(seed: int) -> bytes:
+def composed_transform(config: Config) -> Callable:
+    return composed.train_transform(config.image_size, config.crop_scale)
+
+
+def loading(samples: list[tuple[str, int]], read: Callable, transform: Callable):
+    def run() -> None:
+        torch.manual_seed(0)  # the same crops on all sides
+        for path, _ in samples:
+            transform(read(path))
+
+    return run
+
+
+def loader_with_workers(arguments: argparse.Namespace) -> tuple[Sides, dict]:
+    """The loader of a training run, `batch_size` images in batches of 8."""
+    folder, notes = folder_of_jpegs(arguments.batch_size)
+    process = Process(0, 0, 1, torch.device("cpu"))
+    sides = {}
+    for config in loader_configs(arguments, folder):
+        images = open_train_images(config, process)
+        for workers in arguments.workers:
+            name = f"decoder {config.decoder}, resize {config.resize}, {workers} workers"
+            sides[name] = an_epoch(images, replace(config, workers=workers, batch_size=8), process)
+    return sides, notes
+
+
+def an_epoch(images: SeededImages, config: Config, process: Process) -> Callable[[], None]:
+    batches = train_loader(images, config, process)
+
+    def run() -> None:
+        for _ in batches:
+            pass
+
+    return run
+
+
+def loader_configs(arguments: argparse.Namespace, folder: Path) -> Iterator[Config]:
+    config = parse_config(STEP2, ["--image_size", str(arguments.image_size), "--data", str(folder)])
+    for decoder, resize in itertools.product(arguments.decoder, arguments.resize):
+        yield replace(config, decoder=decoder, resize=resize)
+
+
+def folder_of_jpegs(count: int) -> tuple[Path, dict]:
+    """A temporary data folder with one class, and the size of its files."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    images = folder / "train" / "clouds"
+    images.mkdir(parents=True)
+    for seed in range(count):
+        write_imagenet_sized_jpeg(images / f"{seed:04}.jpg", seed)
+    mean = sum(path.stat().st_size for path in images.iterdir()) / count / 1e3
+    return folder, {"mean file, KB": {"all": mean}}
+
+
+def write_imagenet_sized_jpeg(path: Path, seed: int) -> None:
     """500 x 375 pixels of clouds and grain, around 100 KB as ImageNet's files are."""
     random = np.random.default_rng(seed)
     clouds = Image.fromarray(random.integers(0, 255, (47, 63, 3), dtype=np.uint8))
     pixels = np.array(clouds.resize((500, 375), Image.Resampling.BICUBIC))
     pixels = pixels + random.normal(0, 9, pixels.shape)
-    file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
-    return file.getvalue()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, "JPEG", quality=92)
 
 
 def interleaved(sides: Sides, rounds: int) -> dict[str, list[float]]:
@@ -289,27 +355,29 @@ def report(
     seconds: dict[str, list[float]], notes: dict[str, dict], arguments: argparse.Namespace
 ) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    before, after = medians.values()
+    first, *others = medians
+    ratios = {name: medians[first] / medians[name] for name in others}
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     for name, values in seconds.items():
         rate = arguments.batch_size / medians[name]
         print(
-            f"{name:9} median {medians[name]:.3f} s, {rate:.1f} images/s,"
+            f"{name:{max(map(len, seconds))}} median {medians[name]:.3f} s, {rate:.1f} images/s,"
             f" {min(values):.3f} to {max(values):.3f} s in {len(values)} rounds"
         )
     for note, values in notes.items():
         print(f"{note}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()))
     if arguments.what == "measures":
-        print(f"overhead {100 * (after / before - 1):+.2f} %")
+        print(f"overhead {100 * (1 / ratios['with'] - 1):+.2f} %")
     else:
-        print(f"{before / after:.2f} times as fast as composed")
+        for name, ratio in ratios.items():
+            print(f"{name}: {ratio:.2f} times as fast as {first}")
     if arguments.json:
         settings = {name: str(value) for name, value in vars(arguments).items()}
         settings |= {"torch": torch.__version__, "device": device}
         settings |= {"threads": torch.get_num_threads()}
         content = {"settings": settings, "seconds": seconds, "notes": notes}
-        content["ratio"] = before / after
+        content["times as fast"] = ratios
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -318,6 +386,7 @@ BENCHMARKS = {
     "step": step,
     "evaluation": evaluation,
     "loader": loader_against_composed,
+    "workers": loader_with_workers,
 }
 
 

@@ -1,6 +1,7 @@
 """Decoders of training images, which give the same bytes, and resizing, which may differ by 2."""
 
 import io
+import json
 import random
 import sys
 from dataclasses import replace
@@ -204,3 +205,13 @@ def test_images_in_memory_need_no_decoder(config):
     noise(60, 60).save(file, "PNG")
     pixels, _ = TrainTransform(config)(Image.open(file).convert("RGB"))
     assert pixels.shape == (3, 24, 24) and pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("what", ["loader", "workers"])
+def test_the_benchmark_takes_all_choices_in_turn(codec, run_script, tmp_path, what):
+    choices = ("--decoder", *DECODERS, "--resize", "pil", "torch", "--workers", 0, 1)
+    small = ("--batch_size", 2, "--image_size", 32, "--rounds", 1, "--json", tmp_path / "times")
+    result = run_script("benchmark", what, *choices, *small)
+    assert result.code == 0, result.err
+    seconds = json.loads((tmp_path / "times").read_text())["seconds"]
+    assert len(seconds) == {"loader": 1 + 4, "workers": 4 * 2}[what]
