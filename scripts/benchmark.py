@@ -5,7 +5,6 @@
     python scripts/benchmark.py evaluation     a forward pass against another
     python scripts/benchmark.py loader         loading one image against the released transforms
     python scripts/benchmark.py workers        loading batches with 0, 1, 2, ... workers
-
     python scripts/benchmark.py speed          all of these and their options: a page of results
     python scripts/benchmark.py inference      engines with and without bits: a page of results
 
@@ -13,8 +12,10 @@ Of a step and an evaluation, one side takes --precision, --compile and --channel
 float32, eager and NCHW: with --against composed (the default) composed from elementary operations
 (tests/composed.py), with --against eager our own code.  Products of float32 use TF32 on both sides
 if the precision is not float32.  `step --split` tells how long teacher, forward, backward and
-optimizer take, one after the other.  `loader` and `workers` read JPEGs of about ImageNet's size, made
-here; with `--decoder pil nvimagecodec --resize pil torch` all four combinations take turns.
+optimizer take, one after the other.
+
+`loader` and `workers` read JPEGs of about ImageNet's size, made here; with `--decoder pil
+nvimagecodec --resize pil torch` all four combinations take turns.
 """
 
 import argparse
