@@ -23,7 +23,6 @@ import atexit
 import itertools
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -55,6 +54,7 @@ from utils.live import LiveMeasures
 from utils.losses import batch_loss
 from utils.optim import build_optimizer
 from utils.precision import PRECISIONS, autocast, compiled, place, set_precision
+from utils.results import accelerator
 
 Sides = dict[str, Callable[[], None]]
 STEP2 = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
@@ -298,7 +298,7 @@ def loader_with_workers(arguments: argparse.Namespace) -> tuple[Sides, dict]:
     for config in loader_configs(arguments, folder):
         images = open_train_images(config, process)
         for workers in arguments.workers:
-            name = f"decoder {config.decoder}, resize {config.resize}, {workers} workers"
+            name = f"decoder {config.decoder}, resize {config.resize}, workers {workers}"
             sides[name] = an_epoch(images, replace(config, workers=workers, batch_size=8), process)
     return sides, notes
 
@@ -358,8 +358,6 @@ def report(
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     first, *others = medians
     ratios = {name: medians[first] / medians[name] for name in others}
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()
     for name, values in seconds.items():
         rate = arguments.batch_size / medians[name]
         print(
@@ -375,7 +373,7 @@ def report(
             print(f"{name}: {ratio:.2f} times as fast as {first}")
     if arguments.json:
         settings = {name: str(value) for name, value in vars(arguments).items()}
-        settings |= {"torch": torch.__version__, "device": device}
+        settings |= {"torch": torch.__version__, "device": accelerator()}
         settings |= {"threads": torch.get_num_threads()}
         content = {"settings": settings, "seconds": seconds, "notes": notes}
         content["times as fast"] = ratios

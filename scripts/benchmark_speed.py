@@ -4,8 +4,9 @@
     python scripts/benchmark.py speed --output docs/results/speed --redraw
 
 Each line is `scripts/benchmark.py step` or `evaluation` in a process of its own, which runs the
-composed network and ours in turn.  Writes `results.json` and from it `table.md` and `speed.png`;
---redraw makes these two again.
+composed network and ours in turn; `loader` and `workers` follow.  Writes `results.json`, from which
+`table.md` and `speed.png` are made (again, with --redraw), and `profile.txt`, the costliest
+operations of the last step.  Needs requirements-decoder.txt.
 
 No pass is faster than either limit, for what this machine reaches in a large product of matrices
 and in copying memory:
@@ -17,7 +18,9 @@ and in copying memory:
 """
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,6 +43,8 @@ from torchvision.models import ResNet34_Weights
 
 from models import MODELS, build_model
 from utils.command_line import Parser, command, positive
+from utils.config import RESIZES
+from utils.decoding import DECODERS
 from utils.errors import InputError
 from utils.markdown import as_table
 from utils.operations import count_layers, total
@@ -49,6 +54,7 @@ from utils.results import accelerator, add_output_options, measure_and_draw
 BENCHMARK = Path(__file__).with_name("benchmark.py")
 TEACHER_MACS = 1e9 * ResNet34_Weights.DEFAULT.meta["_ops"]
 ACCESSES_OF_A_PARAMETER = 10  # in float32, by a step
+PROFILE = "profile.txt"
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ def measured(arguments: argparse.Namespace) -> dict:
         "parameters": counts.parameters,
         "matrix_macs_per_second": reached,
         "memory_bytes_per_second": memory_bytes_per_second(device),
-        "rows": list(rows(device, arguments)),
+        "rows": list(passes(device, arguments)),
+        "loading": list(loading(arguments)),
     }
 
 
@@ -146,36 +153,53 @@ def memory_bytes_per_second(device: torch.device) -> float:
     return 2 * source.nbytes / best_seconds(lambda: target.copy_(source), device)
 
 
-def rows(device: torch.device, arguments: argparse.Namespace) -> Iterator[dict]:
-    for what in ("step", "evaluation"):
-        for batch in arguments.batches:
-            for case in cases_on(device):
-                print(f"{what}, {case.name}, batch {batch}", flush=True)
-                told = one_benchmark(what, case, batch, arguments)
-                yield {"what": what, "case": case.name, "precision": case.precision} | {
-                    "batch": batch,
-                    "seconds": told["seconds"],
-                    "notes": told["notes"],
-                }
+def passes(device: torch.device, arguments: argparse.Namespace) -> Iterator[dict]:
+    for what, batch in itertools.product(("step", "evaluation"), arguments.batches):
+        for case in cases_on(device):
+            flags = list(case.options)
+            if arguments.teacher and what == "step":
+                flags.append("--teacher")
+            if (what, batch, case) == ("step", arguments.batches[-1], CASES[-1]):
+                flags += ["--profile", str(arguments.output / PROFILE)]
+            told = benchmark(
+                what,
+                flags,
+                model=arguments.model,
+                image_size=arguments.image_size,
+                batch_size=batch,
+                rounds=arguments.rounds,
+                precision=case.precision,
+            )
+            yield {
+                "what": what,
+                "case": case.name,
+                "precision": case.precision,
+                "batch": batch,
+                "seconds": told["seconds"],
+                "notes": told["notes"],
+            }
 
 
-def one_benchmark(what: str, case: Case, batch: int, arguments: argparse.Namespace) -> dict:
+def loading(arguments: argparse.Namespace) -> Iterator[dict]:
+    """The transforms of one process, and whole loaders with as many workers as there are cores."""
+    numbers = [0, *(2**n for n in range(8) if 2**n <= os.cpu_count())]
+    choices = ["--resize", *RESIZES, "--decoder", *DECODERS]
+    flags = {"loader": choices, "workers": [*choices, "--workers", *map(str, numbers)]}
+    for what, images in (("loader", 64), ("workers", 256)):
+        told = benchmark(what, flags[what], batch_size=images, rounds=arguments.rounds)
+        yield {"what": what, "images": images, "seconds": told["seconds"]}
+
+
+def benchmark(what: str, flags: Sequence[str], **options: object) -> dict:
+    """What `scripts/benchmark.py` tells of one comparison, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "told.json"
-        options = {
-            "model": arguments.model,
-            "image_size": arguments.image_size,
-            "batch_size": batch,
-            "rounds": arguments.rounds,
-            "precision": case.precision,
-            "json": path,
-        }
+        options["json"] = path
         told = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-        if arguments.teacher and what == "step":
-            told.append("--teacher")
-        program = [sys.executable, str(BENCHMARK), what, *told, *case.options]
-        if subprocess.run(program, stdout=subprocess.DEVNULL).returncode:
-            raise InputError(f"{what} of {case.name} with batch {batch} failed, as said above")
+        command_line = [what, *told, *flags]
+        print("benchmark.py", *command_line, flush=True)
+        if subprocess.run([sys.executable, str(BENCHMARK), *command_line]).returncode:
+            raise InputError(f"this {what} could not be measured, as said above")
         return json.loads(path.read_text())
 
 
@@ -193,10 +217,10 @@ def limits(row: dict, results: dict) -> dict[str, float]:
     return found
 
 
-def rates(row: dict) -> dict[str, list[float]]:
-    """Images a second of each side: lowest, median, highest."""
+def rates(row: dict, images: int) -> dict[str, list[float]]:
+    """Images a second of each side, of so many images: lowest, median, highest."""
     return {
-        side: [row["batch"] / f(seconds) for f in (max, statistics.median, min)]
+        side: [images / f(seconds) for f in (max, statistics.median, min)]
         for side, seconds in row["seconds"].items()
     }
 
@@ -207,7 +231,8 @@ def described(results: dict) -> str:
     header += ["kept, MiB/image", "peak, MiB", "arithmetic limit", "memory limit", "of the limit"]
     lines = [header]
     for row in results["rows"]:
-        (low, ours, high), composed = rates(row)["ours"], rates(row)["composed"][1]
+        found = rates(row, row["batch"])
+        (low, ours, high), composed = found["ours"], found["composed"][1]
         bound, notes = limits(row, results), row["notes"]
         kept = notes["saved for backward, MiB/image"]
         peak = notes.get("peak memory, MiB")
@@ -237,8 +262,21 @@ def described(results: dict) -> str:
         f" {results['date']}, {results['machine']}, torch {results['torch']}; medians of"
         f" {results['rounds']} interleaved rounds (lowest to highest). The machine reaches"
         f" {products} multiply-accumulates a second in a product of matrices, and copies memory"
-        f" at {results['memory_bytes_per_second'] / 1e9:.0f} GB/s.\n\n{as_table(lines)}\n"
+        f" at {results['memory_bytes_per_second'] / 1e9:.0f} GB/s.\n\n{as_table(lines)}\n\n"
+        f"{as_table(loading_lines(results))}\n"
     )
+
+
+def loading_lines(results: dict) -> list[list[str]]:
+    """A line for each way to load, compared with the first of its kind."""
+    lines = [["", "options", "images/s (range)", "times"]]
+    for row in results["loading"]:
+        found = rates(row, row["images"])
+        first = next(iter(found.values()))[1]
+        for name, (low, middle, high) in found.items():
+            rate = f"{middle:.0f} ({low:.0f} to {high:.0f})"
+            lines.append([row["what"], name, rate, f"{middle / first:.2f}"])
+    return lines
 
 
 def drawn(results: dict) -> Figure:
@@ -249,7 +287,7 @@ def drawn(results: dict) -> Figure:
         for place, row in enumerate(chosen):
             bound = min(limits(row, results).values())
             for side, height, colour in (("composed", 0.2, "tab:gray"), ("ours", -0.2, "tab:blue")):
-                low, middle, high = rates(row)[side]
+                low, middle, high = rates(row, row["batch"])[side]
                 label = side if place == 0 else None
                 spread = [[middle - low], [high - middle]]
                 axes.barh(place + height, middle, 0.36, xerr=spread, color=colour, label=label)

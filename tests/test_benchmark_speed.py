@@ -32,6 +32,9 @@ def results(**changes) -> dict:
         "matrix_macs_per_second": {"float32": 3e9},
         "memory_bytes_per_second": 90 * 2**20,
         "rows": [row(), row("evaluation")],
+        "loading": [
+            {"what": "loader", "images": 64, "seconds": {"composed": [0.2], "other": [0.1]}}
+        ],
     } | changes
 
 
@@ -48,7 +51,7 @@ def test_an_evaluation_multiplies_once_and_a_teacher_adds_to_a_step_alone():
 
 
 def test_rates_are_low_median_and_high():
-    assert rates(row()) == {"composed": [2.0, 4.0, 8.0], "ours": [4.0, 8.0, 16.0]}
+    assert rates(row(), 8) == {"composed": [2.0, 4.0, 8.0], "ours": [4.0, 8.0, 16.0]}
 
 
 def test_table_and_picture_come_from_the_results(run_script, tmp_path):
@@ -58,6 +61,7 @@ def test_table_and_picture_come_from_the_results(run_script, tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert table == described(results())
     assert "8.0 (4.0 to 16.0)" in table and "2.00" in table and "80 %" in table
+    assert "640 (640 to 640)" in table
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "results.json").write_text("{}")
     redrawn = run_script("benchmark_speed", "--output", tmp_path, "--redraw")
