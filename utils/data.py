@@ -1,7 +1,8 @@
 """Images: data sets, the released transforms, and loaders that do not depend on their workers.
 
-Loading ends with bytes; colour noise and normalisation are applied to whole batches, on the device
-that trains, with the very numbers that the released order of transforms gives.
+Loading ends with bytes, a pixel's three side by side as in Pillow; colour planes, colour noise and
+normalisation are made of whole batches, on the device that trains, with the very numbers that the
+released order of transforms gives.
 
 Which images a batch holds and how each is augmented is a function of (seed, epoch, image index)
 alone: the same for any number of loading workers, and, together, for any number of processes.
@@ -23,7 +24,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import transforms
 from torchvision.datasets import CIFAR10
-from torchvision.transforms.functional import pil_to_tensor
 from torchvision.transforms.v2.functional import resize
 
 from utils.command_line import printable
@@ -83,23 +83,28 @@ class ImageSizes(Protocol):
     val_resize: int
 
 
+def bytes_of(image: Image.Image | np.ndarray) -> Tensor:
+    """An RGB image or its bytes -> a tensor of its own, (height, width, 3)."""
+    return torch.from_numpy(np.array(image))
+
+
 def resized_by_pillow(crop: Image.Image | np.ndarray, size: int) -> Tensor:
-    """Antialiased bilinear, as released: an RGB image or its bytes -> bytes (3, size, size)."""
+    """Antialiased bilinear, as released: an RGB image or its bytes -> bytes (size, size, 3)."""
     image = crop if isinstance(crop, Image.Image) else Image.fromarray(crop)
-    return pil_to_tensor(image.resize((size, size), Image.Resampling.BILINEAR))
+    return bytes_of(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def resized_by_torch(crop: Image.Image | np.ndarray, size: int) -> Tensor:
     """The same filter with coefficients of 16 bits: a byte may differ, by at most 2."""
-    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)
-    return resize(pixels, [size, size], antialias=True)
+    pixels = resize(bytes_of(crop).permute(2, 0, 1), [size, size], antialias=True)
+    return pixels.permute(1, 2, 0).contiguous()
 
 
 RESIZE = {"pil": resized_by_pillow, "torch": resized_by_torch}
 
 
 class TrainTransform:
-    """RGB image -> its bytes (3, size, size), and what Lighting adds to each channel, (3,).
+    """RGB image -> its bytes (size, size, 3), and what Lighting adds to each channel, (3,).
 
     Randomness is drawn in the released order, crop, lighting, flip; flipping a channel and adding
     to it commute.  Of a `CroppedImage` no more than the crop is decoded.
@@ -110,12 +115,12 @@ class TrainTransform:
         self.size = config.image_size
         self.resize = RESIZE[config.resize]
         self.lighting = LIGHTING[config.lighting]
-        self.flip = transforms.RandomHorizontalFlip()
 
     def __call__(self, image: Image.Image | CroppedImage) -> tuple[Tensor, Tensor]:
         pixels = self.resize(image.crop(self.box(image.size)), self.size)
         shift = self.lighting()
-        return self.flip(pixels), shift
+        flips = torch.rand(1) < 0.5
+        return pixels.flip(1) if flips else pixels, shift
 
     def box(self, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """A random crop of an image of (width, height): left, top, right, bottom."""
@@ -133,11 +138,12 @@ class ValTransform:
         self.crop = transforms.CenterCrop(sizes.image_size)
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        return pil_to_tensor(self.crop(self.resize(image))), no_lighting()
+        return bytes_of(self.crop(self.resize(image))), no_lighting()
 
 
 def network_input(pixels: Tensor, shifts: Tensor) -> Tensor:
-    """Bytes (n, 3, S, S) and channel shifts (n, 3) -> normalised floats (n, 3, S, S)."""
+    """Bytes (n, S, S, 3) and channel shifts (n, 3) -> normalised floats (n, 3, S, S)."""
+    pixels = pixels.permute(0, 3, 1, 2).contiguous()
     if shifts.is_cuda or shifts.any():
         pixels = (pixels.to(torch.int16) + shifts[:, :, None, None]).clamp_(0, 255)
     mean, std = (torch.tensor(x, device=pixels.device) for x in (IMAGENET_MEAN, IMAGENET_STD))
@@ -152,7 +158,7 @@ def mixed_seed(*numbers: int) -> int:
 class SeededImages(Dataset):
     """Item (epoch, index) is image `index`, augmented as a function of (seed, epoch, index).
 
-    An item is (bytes (3, S, S), channel shifts (3,), label).
+    An item is (bytes (S, S, 3), channel shifts (3,), label).
 
     Args:
         images: a torchvision data set giving (image, label).
