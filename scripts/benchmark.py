@@ -40,6 +40,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import default_collate
 from torchvision.datasets.folder import pil_loader
 
 from models import build_model
@@ -263,7 +264,7 @@ def evaluation(arguments: argparse.Namespace) -> tuple[Sides, dict]:
 
 
 def loader_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
-    """One process, no workers, no batches."""
+    """What one worker does for batches of 8."""
     folder, notes = folder_of_jpegs(arguments.batch_size)
     sides = {}
     for config in loader_configs(arguments, folder):
@@ -284,8 +285,8 @@ def composed_transform(config: Config) -> Callable:
 def loading(samples: list[tuple[str, int]], read: Callable, transform: Callable):
     def run() -> None:
         torch.manual_seed(0)  # the same crops on all sides
-        for path, _ in samples:
-            transform(read(path))
+        for start in range(0, len(samples), 8):
+            default_collate([transform(read(path)) for path, _ in samples[start : start + 8]])
 
     return run
 
