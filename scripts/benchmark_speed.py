@@ -8,8 +8,8 @@ composed network and ours in turn; `loader` and `workers` follow.  Writes `resul
 `table.md` and `speed.png` are made (again, with --redraw), and `profile.txt`, the costliest
 operations of the last step.  Needs requirements-decoder.txt.
 
-No pass is faster than either limit, for what this machine reaches in a large product of matrices
-and in copying memory:
+No pass is faster than either limit, for what this machine reaches in a large product of matrices or
+a large convolution, the faster of the two, and in copying memory:
 
     arithmetic   multiply-accumulates: once forward, and twice more backward
     memory       what is kept for the backward pass is written and read; of each parameter the
@@ -39,6 +39,7 @@ matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from torch.nn.functional import conv2d
 from torchvision.models import ResNet34_Weights
 
 from models import MODELS, build_model
@@ -85,10 +86,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=MODELS, default="reactnet_a")
     parser.add_argument("--image_size", type=positive, default=224)
     parser.add_argument(
-        "--batches", type=positive, nargs="+", default=[64, 128, 256] if cuda else [8]
+        "--batches", type=positive, nargs="+", default=[64, 128, 256] if cuda else [8, 16]
     )
     parser.add_argument("--teacher", action="store_true", help="steps with a ResNet-34")
-    parser.add_argument("--rounds", type=positive, default=6)
+    parser.add_argument("--rounds", type=positive, default=5)
     return parser.parse_args()
 
 
@@ -101,7 +102,7 @@ def measured(arguments: argparse.Namespace) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     counts = total(count_layers(build_model(arguments.model), arguments.image_size))
     reached = {
-        precision: matrix_macs_per_second(device, precision)
+        precision: macs_per_second(device, precision)
         for precision in dict.fromkeys(case.precision for case in cases_on(device))
     }
     return {
@@ -114,7 +115,7 @@ def measured(arguments: argparse.Namespace) -> dict:
         "rounds": arguments.rounds,
         "macs": counts.flops + counts.bops,
         "parameters": counts.parameters,
-        "matrix_macs_per_second": reached,
+        "macs_per_second": reached,
         "memory_bytes_per_second": memory_bytes_per_second(device),
         "rows": list(passes(device, arguments)),
         "loading": list(loading(arguments)),
@@ -137,13 +138,20 @@ def best_seconds(run: Callable[[], object], device: torch.device) -> float:
     return min(found)
 
 
-def matrix_macs_per_second(device: torch.device, precision: str) -> float:
-    """Multiply-accumulates a second in a square product of matrices."""
+def macs_per_second(device: torch.device, precision: str) -> float:
+    """Multiply-accumulates a second in a large product of matrices or convolution, the faster."""
     set_precision(precision)
-    side = 8192 if device.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    large = device.type == "cuda"
+    side = 8192 if large else 2048
     left, right = torch.randn(2, side, side, device=device, dtype=dtype)
-    return side**3 / best_seconds(lambda: left @ right, device)
+    product = side**3 / best_seconds(lambda: left @ right, device)
+    count, channels, size = 256 if large else 16, 512, 28
+    images = torch.randn(count, channels, size, size, device=device, dtype=dtype)
+    images = images.contiguous(memory_format=torch.channels_last)
+    kernels = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    macs = count * size**2 * kernels.numel()
+    return max(product, macs / best_seconds(lambda: conv2d(images, kernels, padding=1), device))
 
 
 def memory_bytes_per_second(device: torch.device) -> float:
@@ -209,7 +217,7 @@ def limits(row: dict, results: dict) -> dict[str, float]:
     macs = results["macs"] * (3 if is_step else 1)
     if is_step and results["teacher"]:
         macs += TEACHER_MACS
-    found = {"arithmetic": results["matrix_macs_per_second"][row["precision"]] / macs}
+    found = {"arithmetic": results["macs_per_second"][row["precision"]] / macs}
     if is_step:
         kept = 2**20 * row["notes"]["saved for backward, MiB/image"]["ours"]
         weights = 4 * ACCESSES_OF_A_PARAMETER * results["parameters"] / row["batch"]
@@ -253,16 +261,16 @@ def described(results: dict) -> str:
             ]
         )
     teacher = "with" if results["teacher"] else "without"
-    products = ", ".join(
+    arithmetic = ", ".join(
         f"{macs / 1e9:.0f} G in {precision}"
-        for precision, macs in results["matrix_macs_per_second"].items()
+        for precision, macs in results["macs_per_second"].items()
     )
     return (
         f"{results['network']}, {results['image_size']} pixels, steps {teacher} a teacher,"
         f" {results['date']}, {results['machine']}, torch {results['torch']}; medians of"
         f" {results['rounds']} interleaved rounds (lowest to highest). The machine reaches"
-        f" {products} multiply-accumulates a second in a product of matrices, and copies memory"
-        f" at {results['memory_bytes_per_second'] / 1e9:.0f} GB/s.\n\n{as_table(lines)}\n\n"
+        f" {arithmetic} multiply-accumulates a second, and copies memory at"
+        f" {results['memory_bytes_per_second'] / 1e9:.0f} GB/s.\n\n{as_table(lines)}\n\n"
         f"{as_table(loading_lines(results))}\n"
     )
 
