@@ -119,6 +119,15 @@ def test_a_compiled_block_has_the_gradients_of_the_eager_one():
     assert compiled(block, wanted=False) is block and compiled(None, wanted=True) is None
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+def test_a_compiled_binary_convolution_has_the_bfloat16_numbers_of_the_eager_one():
+    conv = BinaryConv2d(4, 6, 3, bias=False)
+    x = torch.randn(2, 4, 8, 8).sign()
+    with autocast(CPU, "bfloat16"):
+        eager, fast = (f(x) for f in (conv, compiled(conv, wanted=True)))
+    assert fast.dtype == torch.bfloat16 and torch.equal(fast, eager)
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch_where_there_is_no_bn():
     images, labels = batch(7)
     trained = []

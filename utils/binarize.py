@@ -26,6 +26,12 @@ def _lower_precision(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def _over(y: Tensor) -> Tensor | None:
+    """`out` of an operation on y that may be written over it."""
+    # torch 2.11 compiles a wrong gradient of a forward pass that writes over its own tensors.
+    return None if torch.compiler.is_compiling() else y
+
+
 def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = None) -> Tensor:
     """1 where `compare`, torch.lt or torch.le, holds for x and `bound`, 0 elsewhere; x's dtype."""
     if torch.compiler.is_compiling():
@@ -36,7 +42,8 @@ def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = No
 
 def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
-    return _ones_where(torch.lt, x, 0, dtype).mul_(-2).add_(1)
+    negative = _ones_where(torch.lt, x, 0, dtype)
+    return torch.add(torch.tensor(1.0), negative, alpha=-2, out=_over(negative))
 
 
 def _scaled_sign(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,7 +115,7 @@ class RPReLUFunction(torch.autograd.Function):
         ctx.save_for_backward(x.to(_lower_precision(x)), before, slope, after)
         with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
             y = F.prelu(shifted(x, before).to(slope.dtype), slope)
-        return y if after is None else y.add_(after)
+        return y if after is None else torch.add(y, after, out=_over(y))
 
     @staticmethod
     @once_differentiable
@@ -153,7 +160,7 @@ class BinaryConvolution(torch.autograd.Function):
         if dtype == w.dtype:
             return F.conv2d(x, _scaled_sign(w, dtype), None, *ctx.geometry)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
-        return y.mul_(channel_scale(w).view(1, -1, 1, 1))
+        return torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_over(y)).to(dtype)
 
     @staticmethod
     @once_differentiable
