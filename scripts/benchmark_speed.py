@@ -236,7 +236,8 @@ def rates(row: dict, images: int) -> dict[str, list[float]]:
 def described(results: dict) -> str:
     """What was measured where, and a line for each pass, in Markdown."""
     header = ["", "options", "batch", "composed, images/s", "images/s (range)", "times"]
-    header += ["kept, MiB/image", "peak, MiB", "arithmetic limit", "memory limit", "of the limit"]
+    header += ["kept, MiB/image", "peak, MiB"]
+    header += ["arithmetic limit, images/s", "memory limit, images/s", "of the limit"]
     lines = [header]
     for row in results["rows"]:
         found = rates(row, row["batch"])
