@@ -221,7 +221,10 @@ def wait_for(device: torch.device) -> None:
 def paired(arguments: argparse.Namespace, run: Callable) -> tuple[Sides, dict]:
     set_precision(arguments.precision)
     sides = {name: Side(arguments, name) for name in (arguments.against, "ours")}
-    notes = {"saved for backward, MiB/image": {n: side.saved_bytes() for n, side in sides.items()}}
+    notes = {}
+    if run is Side.step:
+        kept = {name: side.saved_bytes() for name, side in sides.items()}
+        notes["saved for backward, MiB/image"] = kept
     if sides["ours"].device.type == "cuda":
         notes["peak memory, MiB"] = {name: peak_memory(side, run) for name, side in sides.items()}
     if arguments.profile:

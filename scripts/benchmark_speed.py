@@ -243,7 +243,7 @@ def described(results: dict) -> str:
         found = rates(row, row["batch"])
         (low, ours, high), composed = found["ours"], found["composed"][1]
         bound, notes = limits(row, results), row["notes"]
-        kept = notes["saved for backward, MiB/image"]
+        kept = notes.get("saved for backward, MiB/image")
         peak = notes.get("peak memory, MiB")
         is_step = row["what"] == "step"
         lines.append(
