@@ -230,12 +230,17 @@ def paired(arguments: argparse.Namespace, run: Callable) -> tuple[Sides, dict]:
     if arguments.profile:
         arguments.profile.write_text(costliest_operations(sides["ours"], run))
     if arguments.split:
-        for side in sides.values():
-            side.split()  # compiles
-        splits = {name: side.split() for name, side in sides.items()}
-        for part in splits["ours"]:
-            notes[f"{part}, s"] = {name: split[part] for name, split in splits.items()}
+        notes |= seconds_of_parts(sides, arguments.rounds)
     return {name: lambda side=side: run(side) for name, side in sides.items()}, notes
+
+
+def seconds_of_parts(sides: dict[str, Side], rounds: int) -> dict[str, dict[str, float]]:
+    """Of each part of a step, the median of every side, after two rounds to warm up and compile."""
+    splits = [{name: side.split() for name, side in sides.items()} for _ in range(2 + rounds)][2:]
+    return {
+        f"{part}, s": {name: statistics.median(one[name][part] for one in splits) for name in sides}
+        for part in splits[0]["ours"]
+    }
 
 
 def costliest_operations(side: Side, run: Callable) -> str:
