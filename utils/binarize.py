@@ -42,7 +42,9 @@ def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = No
 
 def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
-    return torch.rsub(_ones_where(torch.lt, x, 0, dtype), 1, alpha=2)  # 1 - 2 [x < 0]
+    negative = _ones_where(torch.lt, x, 0, dtype)
+    doubled = torch.mul(negative, -2, out=_over(negative))
+    return torch.add(doubled, 1, out=_over(doubled))
 
 
 def _scaled_sign(w: Tensor, dtype: torch.dtype) -> Tensor:
