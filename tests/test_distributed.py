@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -210,14 +211,7 @@ def test_two_processes_stopped_and_then_one_killed_end_with_the_bits_of_an_unbro
     with start("step2/run.sh", *options(save=folder, **shared)) as running:
         while "goes on" not in running.stdout.readline():
             pass
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        out, err = running.communicate(timeout=300)
-    assert running.returncode == 0, err
-    assert "a process ended with code -9: all start again" in out
-    assert "Traceback" not in err
-    for name in (NEWEST, BEST):
-        assert_same_run(whole / name, folder / name)
+        assert_goes_on_when_a_process_is_killed(running, whole, folder)
 
 
 def test_step1s_run_script_goes_on_by_itself_when_a_process_is_killed(tmp_path, image_folder):
@@ -226,15 +220,22 @@ def test_step1s_run_script_goes_on_by_itself_when_a_process_is_killed(tmp_path, 
     assert launch("step1/run.sh", *options(save=whole, **shared)).returncode == 0
     with start("step1/run.sh", *options(save=folder, **shared)) as running:
         wait_for(folder / NEWEST)
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        os.kill(int(children[-1]), signal.SIGKILL)
-        out, err = running.communicate(timeout=300)
+        assert_goes_on_when_a_process_is_killed(running, whole, folder)
+    assert [record["epoch"] for record in read_records(folder)] == [0, 1, 2, 3]
+
+
+def assert_goes_on_when_a_process_is_killed(
+    running: subprocess.Popen, whole: Path, folder: Path
+) -> None:
+    """Kill one of the launcher's processes; in the end `folder` must hold the run of `whole`."""
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    out, err = running.communicate(timeout=300)
     assert running.returncode == 0, err
     assert "a process ended with code -9: all start again" in out
     assert "Traceback" not in err
     for name in (NEWEST, BEST):
         assert_same_run(whole / name, folder / name)
-    assert [record["epoch"] for record in read_records(folder)] == [0, 1, 2, 3]
 
 
 def wait_for(path: Path) -> None:
