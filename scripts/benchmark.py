@@ -59,6 +59,8 @@ from utils.results import accelerator
 
 Sides = dict[str, Callable[[], None]]
 STEP2 = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
+ALONE = Process(0, 0, 1, torch.device("cpu"))
+LOADED = 8  # images of a batch, in `loader` and `workers`
 
 
 def parse() -> argparse.Namespace:
@@ -272,48 +274,42 @@ def evaluation(arguments: argparse.Namespace) -> tuple[Sides, dict]:
 
 
 def loader_against_composed(arguments: argparse.Namespace) -> tuple[Sides, dict]:
-    """What one worker does for batches of 8."""
+    """What one worker does, batch after batch."""
     folder, notes = folder_of_jpegs(arguments.batch_size)
     sides = {}
     for config in loader_configs(arguments, folder):
-        images = open_train_images(config, Process(0, 0, 1, torch.device("cpu")))
+        images = open_train_images(config, ALONE)
         if not sides:
-            sides["composed"] = loading(
-                images.images.samples, pil_loader, composed_transform(config)
-            )
+            released = composed.train_transform(config.image_size, config.crop_scale)
+            sides["composed"] = loading(images.images.samples, pil_loader, released)
         name = f"decoder {config.decoder}, resize {config.resize}"
         sides[name] = loading(images.images.samples, images.images.loader, images.transform)
     return sides, notes
 
 
-def composed_transform(config: Config) -> Callable:
-    return composed.train_transform(config.image_size, config.crop_scale)
-
-
 def loading(samples: list[tuple[str, int]], read: Callable, transform: Callable):
     def run() -> None:
         torch.manual_seed(0)  # the same crops on all sides
-        for start in range(0, len(samples), 8):
-            default_collate([transform(read(path)) for path, _ in samples[start : start + 8]])
+        for start in range(0, len(samples), LOADED):
+            default_collate([transform(read(path)) for path, _ in samples[start : start + LOADED]])
 
     return run
 
 
 def loader_with_workers(arguments: argparse.Namespace) -> tuple[Sides, dict]:
-    """The loader of a training run, `batch_size` images in batches of 8."""
+    """The loader of a training run, for an epoch of `batch_size` images."""
     folder, notes = folder_of_jpegs(arguments.batch_size)
-    process = Process(0, 0, 1, torch.device("cpu"))
     sides = {}
     for config in loader_configs(arguments, folder):
-        images = open_train_images(config, process)
+        images = open_train_images(config, ALONE)
         for workers in arguments.workers:
             name = f"decoder {config.decoder}, resize {config.resize}, workers {workers}"
-            sides[name] = an_epoch(images, replace(config, workers=workers, batch_size=8), process)
+            sides[name] = an_epoch(images, replace(config, workers=workers, batch_size=LOADED))
     return sides, notes
 
 
-def an_epoch(images: SeededImages, config: Config, process: Process) -> Callable[[], None]:
-    batches = train_loader(images, config, process)
+def an_epoch(images: SeededImages, config: Config) -> Callable[[], None]:
+    batches = train_loader(images, config, ALONE)
 
     def run() -> None:
         for _ in batches:
