@@ -4,7 +4,7 @@ from torch import nn
 
 from models.reactnet import ReActNetA
 from models.resnet import BiRealR18, ReActNetR18, StrongBaselineR18
-from utils.errors import InputError
+from utils.run.errors import UserError
 
 MODELS = {
     "reactnet_a": ReActNetA,
@@ -18,8 +18,8 @@ def build_model(name: str, **options) -> nn.Module:
     """Build a network of `MODELS` with its constructor's options.
 
     Raises:
-        InputError: the name is not known (the message lists those that are).
+        UserError: the name is not known (the message lists those that are).
     """
     if name not in MODELS:
-        raise InputError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+        raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     return MODELS[name](**options)

@@ -6,7 +6,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from models.layers import ChannelShift, HalvingPool, conv_factory, scaled_width, sign_factory
+from models.layers import AvgPool2x2, LearnableBias, conv_factory, scaled_width, sign_factory
 from utils.binarize import RPReLU
 
 # Output channels of the stem and of the 13 blocks, at width 1.
@@ -35,11 +35,11 @@ class Block(nn.Module):
 
     Args:
         conv: makes the convolutions that may be binary, `LatentConv2d` or `BinaryConv2d`.
-        sign: makes the binarization of their inputs, `Sign` or `KeepReal`.
+        sign: makes the binarization of their inputs, `Sign` or `RealActivation`.
     """
 
     # What takes up each binary convolution's scale when its weights become exactly +-1.
-    absorbs = MappingProxyType(
+    scale_folds_into = MappingProxyType(
         {
             "binary_3x3": "bn1",
             "binary_pw": "bn2",
@@ -52,16 +52,16 @@ class Block(nn.Module):
         super().__init__()
         self.doubles = out_channels == 2 * in_channels
         c = in_channels
-        self.move11 = ChannelShift(c)
+        self.move11 = LearnableBias(c)
         self.sign1 = sign()
         self.binary_3x3 = conv(c, c, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(c)
-        self.shortcut = HalvingPool() if stride == 2 else nn.Identity()
-        self.move12 = ChannelShift(c)
+        self.shortcut = AvgPool2x2() if stride == 2 else nn.Identity()
+        self.move12 = LearnableBias(c)
         self.prelu1 = RPReLU(c)
-        self.move13 = ChannelShift(c)
+        self.move13 = LearnableBias(c)
 
-        self.move21 = ChannelShift(c)
+        self.move21 = LearnableBias(c)
         self.sign2 = sign()
         if self.doubles:
             self.binary_pw_down1 = conv(c, c, 1)
@@ -71,9 +71,9 @@ class Block(nn.Module):
         else:
             self.binary_pw = conv(c, c, 1)
             self.bn2 = nn.BatchNorm2d(c)
-        self.move22 = ChannelShift(out_channels)
+        self.move22 = LearnableBias(out_channels)
         self.prelu2 = RPReLU(out_channels)
-        self.move23 = ChannelShift(out_channels)
+        self.move23 = LearnableBias(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
         binary = self.sign1(x, self.move11.bias)
@@ -109,7 +109,7 @@ class ReActNetA(nn.Module):
         latent_init: start of latent weights, "positive" (released code) or "symmetric".
 
     Raises:
-        InputError: an unknown `activation_ste` or `latent_init`, or a width that leaves no channel.
+        UserError: an unknown `activation_ste` or `latent_init`, or a width that leaves no channel.
     """
 
     def __init__(

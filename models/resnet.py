@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models.layers import (
-    ChannelShift,
-    HalvingPool,
-    KeepReal,
+    AvgPool2x2,
+    LearnableBias,
+    RealActivation,
     conv_factory,
     scaled_width,
     sign_factory,
@@ -28,7 +28,7 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if in_channels == out_channels:
         return nn.Identity()
     return nn.Sequential(
-        HalvingPool() if stride == 2 else nn.Identity(),
+        AvgPool2x2() if stride == 2 else nn.Identity(),
         nn.Conv2d(in_channels, out_channels, 1, bias=False),
         nn.BatchNorm2d(out_channels),
     )
@@ -41,17 +41,17 @@ class ReActBlock(nn.Module):
     `move2` are RPReLU, PReLU(x + b1) + b2.
     """
 
-    absorbs = MappingProxyType({"binary_conv": "bn1"})
+    scale_folds_into = MappingProxyType({"binary_conv": "bn1"})
 
     def __init__(self, in_channels, out_channels, stride, conv, sign, size):
         super().__init__()
-        self.move0 = ChannelShift(in_channels)
+        self.move0 = LearnableBias(in_channels)
         self.sign = sign()
         self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
-        self.move1 = ChannelShift(out_channels)
+        self.move1 = LearnableBias(out_channels)
         self.prelu = RPReLU(out_channels)
-        self.move2 = ChannelShift(out_channels)
+        self.move2 = LearnableBias(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
@@ -66,11 +66,11 @@ class BiRealBlock(nn.Module):
     Sign is the only nonlinearity: without `binary_activations` a ReLU stands in its place.
     """
 
-    absorbs = MappingProxyType({"binary_conv": "bn1"})
+    scale_folds_into = MappingProxyType({"binary_conv": "bn1"})
 
     def __init__(self, in_channels, out_channels, stride, conv, sign, size):
         super().__init__()
-        self.sign = nn.ReLU() if sign is KeepReal else sign()
+        self.sign = nn.ReLU() if sign is RealActivation else sign()
         self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride)
@@ -100,7 +100,7 @@ class LearnedScale(nn.Module):
 class StrongBaselineBlock(nn.Module):
     """BN -> Sign -> binary 3x3 -> learned scale -> PReLU -> + shortcut (Martinez et al. 2020)."""
 
-    absorbs = MappingProxyType({"binary_conv": "scale"})
+    scale_folds_into = MappingProxyType({"binary_conv": "scale"})
 
     def __init__(self, in_channels, out_channels, stride, conv, sign, size):
         super().__init__()
@@ -125,7 +125,7 @@ class BinaryResNet18(nn.Module):
         others: as of `models.reactnet.ReActNetA`.
 
     Raises:
-        InputError: an unknown `activation_ste` or `latent_init`, or a width that leaves no channel.
+        UserError: an unknown `activation_ste` or `latent_init`, or a width that leaves no channel.
     """
 
     block: type[nn.Module]

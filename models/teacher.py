@@ -7,68 +7,60 @@ import torch
 import torchvision
 from torch import nn
 
-from models.loading import load_network
-from utils.checkpoint import load_strictly, read_checkpoint
-from utils.command_line import printable
+from models.checkpoints import load_network
+from utils.checkpoint.checkpoint import load_strictly, read_checkpoint
 from utils.engine import count_outputs
-from utils.errors import InputError
-from utils.files import is_there
-from utils.limits import is_out_of_memory
+from utils.precision import compiled, place
+from utils.run.command_line import printable
+from utils.run.config import Config
+from utils.run.errors import UserError, is_out_of_memory
 
 
-def load_teacher(
-    name: str | None,
-    weights_file: str | None,
-    num_classes: int,
-    image_size: int,
-    device: torch.device,
-) -> nn.Module | None:
+def load_teacher(config: Config, num_classes: int, device: torch.device) -> nn.Module | None:
     """The teacher in eval mode and without gradients, or None where labels are the target.
 
     Args:
-        name: a torchvision network (its pretrained weights are downloaded by torchvision), the
-            path of a checkpoint trained by this repo, or None.
-        weights_file: state dict for the torchvision network, in place of the download.
+        config: its `teacher`, a torchvision network (whose pretrained weights are downloaded, or
+            read from `teacher_checkpoint`), the path of a checkpoint trained here, or None.
         num_classes: of the data; the teacher must have as many.
-        image_size: of the data; pixels, height and width.
 
     Raises:
-        InputError: unknown name, no download, a file that does not fit, or another class count.
+        UserError: unknown name, no download, a file that does not fit, or another class count.
     """
-    if name is None:
+    if config.teacher is None:
         return None
     # The weights it is built with are replaced; drawing them must not move the run's generator.
     with torch.random.fork_rng(devices=[]):
-        teacher = _build(name, weights_file)
-    teacher = teacher.to(device).eval().requires_grad_(False)
-    classes = _classes(teacher, name, image_size, device)
-    if classes != num_classes:
-        raise InputError(
-            f"the teacher {name} has {classes} classes and the data {num_classes}: pass a --teacher"
-            " trained on this data, or --teacher none to train on labels"
+        teacher = _build(config.teacher, config.teacher_checkpoint)
+    teacher = place(teacher.eval().requires_grad_(False), config, device)
+    outputs = _count_outputs(teacher, config, device)
+    if outputs != num_classes:
+        raise UserError(
+            f"the teacher {config.teacher} has {outputs} classes and the data {num_classes}:"
+            " pass a --teacher trained on this data, or --teacher none to train on labels"
         )
-    return teacher
+    return compiled(teacher, config)
 
 
-def _classes(teacher: nn.Module, name: str, image_size: int, device: torch.device) -> int:
+def _count_outputs(teacher: nn.Module, config: Config, device: torch.device) -> int:
     try:
-        return count_outputs(teacher, image_size, device)
+        return count_outputs(teacher, config.image_size, device)
     except (AssertionError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
-        said = printable(str(error).partition("\n")[0])
-        raise InputError(
-            f"the teacher {name} cannot compute images of {image_size} pixels ({said}):"
-            " pass another --image_size or another --teacher"
+        reason = printable(str(error).partition("\n")[0])
+        raise UserError(
+            f"the teacher {config.teacher} cannot compute images of {config.image_size} pixels"
+            f" ({reason}): pass another --image_size or another --teacher"
         ) from error
 
 
 def _build(name: str, weights_file: str | None) -> nn.Module:
     if name in torchvision.models.list_models(torchvision.models):
         return _torchvision_network(name, weights_file)
-    if is_there(Path(name)):
+    if Path(name).exists():
         return load_network(name).model
-    raise InputError(
+    raise UserError(
         f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
     )
 
@@ -84,7 +76,7 @@ def _torchvision_network(name: str, weights_file: str | None) -> nn.Module:
     try:
         return torchvision.models.get_model(name, weights="DEFAULT")
     except (URLError, OSError, RuntimeError) as error:
-        raise InputError(
+        raise UserError(
             f"cannot download the weights of {name} ({error}):"
             " pass --teacher_checkpoint with a file of them"
         ) from error

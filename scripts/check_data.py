@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from PIL import Image
 from tqdm import tqdm
 
-from utils.command_line import Parser, command, positive, printable
-from utils.errors import InputError
-from utils.files import is_folder
-from utils.folders import class_names, images_and_others
-from utils.markdown import print_table
+from utils.run.command_line import Parser, command, positive, printable
+from utils.run.errors import UserError
+from utils.checkpoint.files import is_folder
+from utils.data.image_folder import class_names, images_and_others
+from utils.run.command_line import print_table
 
 IMAGENET = {"train": 1_281_167, "val": 50_000}
 IMAGENET_CLASSES = 1_000
@@ -75,17 +75,17 @@ def main() -> None:
             for path in paths if oddity == "unreadable" else paths[:_SHOWN]:
                 print(printable(f"{oddity}: {path}"))
     if problem := what_keeps_from_training(splits):
-        raise InputError(problem)
+        raise UserError(problem)
 
 
 def check(folder: Path, workers: int) -> Split:
     """List a split's classes and decode all of its images.
 
     Raises:
-        InputError: no such folder, or one that cannot be listed.
+        UserError: no such folder, or one that cannot be listed.
     """
     if not is_folder(folder):
-        raise InputError(f"data folder {folder} does not exist: it must hold <class>/<images>")
+        raise UserError(f"data folder {folder} does not exist: it must hold <class>/<images>")
     split = Split(folder)
     paths: list[Path] = []
     for name in class_names(folder):

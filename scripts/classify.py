@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.models import ResNet34_Weights
 
-from models.loading import open_network
-from utils.command_line import Parser, add_network_options, command
-from utils.data import ValTransform, network_input
-from utils.errors import InputError
+from models.checkpoints import open_network
+from utils.run.command_line import Parser, add_network_options, command
+from utils.data import ValTransform, normalize_batch
+from utils.run.errors import UserError
 
 LIKELIEST = 5
 
@@ -49,7 +49,7 @@ def main() -> None:
     )
     transform = ValTransform(network)
     batches = [default_collate([transform(decoded(path))]) for path in arguments.images]
-    images = [network_input(*batch) for batch in batches]  # (1, 3, S, S) each
+    images = [normalize_batch(*batch) for batch in batches]  # (1, 3, S, S) each
     names = class_names(arguments.classes, network.model(images[0]).shape[1])
     for path, image in zip(arguments.images, images, strict=True):
         started = time.perf_counter()
@@ -65,23 +65,23 @@ def decoded(path: Path) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL raises many types for a file it cannot decode
-        raise InputError(f"cannot decode image {path} ({type(error).__name__})") from error
+        raise UserError(f"cannot decode image {path} ({type(error).__name__})") from error
 
 
 def class_names(folder: Path | None, count: int) -> list[str]:
     """A name for each of `count` classes, in the order of the network's outputs.
 
     Raises:
-        InputError: `folder` does not have `count` folders.
+        UserError: `folder` does not have `count` folders.
     """
     if folder is None:
         imagenet = ResNet34_Weights.DEFAULT.meta["categories"]
         return imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: pass one that holds a folder for each class")
+        raise UserError(f"{folder} is no folder: pass one that holds a folder for each class")
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
     if len(names) != count:
-        raise InputError(
+        raise UserError(
             f"the network has {count} classes and {folder} {len(names)} folders:"
             " pass the train/ folder of the data it was trained on"
         )

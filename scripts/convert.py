@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from models.exact import binary_convolutions, with_exact_weights
-from models.loading import LoadedNetwork, inference_content, load_network
-from models.onnx_network import SUFFIX as ONNX_SUFFIX
-from models.onnx_network import OnnxNetwork, write_onnx
-from models.openvino_network import SUFFIX as OPENVINO_SUFFIX
-from models.openvino_network import OpenVinoNetwork, constants_path, write_openvino
-from utils.checkpoint import write_checkpoint
-from utils.command_line import Parser, add_network_options, command, positive
-from utils.errors import InputError
-from utils.files import check_output
-from utils.packing import SUFFIX as PACKED_SUFFIX
-from utils.packing import write_packed
+from models.export.fold import binary_convolutions, fold_scales
+from models.checkpoints import LoadedNetwork, inference_content, load_network
+from models.export.onnx import SUFFIX as ONNX_SUFFIX
+from models.export.onnx import OnnxNetwork, write_onnx
+from models.export.openvino import SUFFIX as OPENVINO_SUFFIX
+from models.export.openvino import OpenVinoNetwork, constants_path, write_openvino
+from utils.checkpoint.checkpoint import write_checkpoint
+from utils.run.command_line import Parser, add_network_options, command, positive
+from utils.run.errors import UserError
+from utils.checkpoint.files import check_output
+from utils.checkpoint.packed import SUFFIX as PACKED_SUFFIX
+from utils.checkpoint.packed import write_packed
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 CHECKED_IMAGES = 16
@@ -86,24 +86,24 @@ def written_files(form: str, output: Path) -> list[Path]:
     """All the files of a conversion.
 
     Raises:
-        InputError: the form is read by its suffix, and `output` has another one.
+        UserError: the form is read by its suffix, and `output` has another one.
     """
     suffix = {"packed": PACKED_SUFFIX, "onnx": ONNX_SUFFIX, "openvino": OPENVINO_SUFFIX}.get(form)
     if suffix and output.suffix != suffix:
-        raise InputError(f"a file for --to {form} is named *{suffix}, not {output.name}")
+        raise UserError(f"a file for --to {form} is named *{suffix}, not {output.name}")
     return [output, constants_path(output)] if form == "openvino" else [output]
 
 
 def to_exact(loaded: LoadedNetwork, output: Path, image_size: int) -> None:
     check_folding(loaded.model, image_size)
-    state = with_exact_weights(loaded.model).state_dict()
+    state = fold_scales(loaded.model).state_dict()
     write_checkpoint(output, {"state_dict": state, **inference_content(loaded)})
     check_written(loaded.model, load_network(output).model, [output], image_size)
 
 
 def to_packed(loaded: LoadedNetwork, output: Path, image_size: int, dtype: torch.dtype) -> None:
     check_folding(loaded.model, image_size)
-    model = with_exact_weights(loaded.model)
+    model = fold_scales(loaded.model)
     binary = {f"{name}.weight" for name in binary_convolutions(model)}
     write_packed(output, model.state_dict(), binary, inference_content(loaded), dtype)
     check_written(loaded.model, load_network(output).model, [output], image_size)
@@ -129,7 +129,7 @@ def check_folding(model: nn.Module, image_size: int) -> None:
     """Print how far folding moves a logit in float64, where no rounding flips a Sign."""
     images = random_images(image_size, torch.float64)
     exact_arithmetic = copy.deepcopy(model).double()
-    difference = with_exact_weights(exact_arithmetic)(images) - exact_arithmetic(images)
+    difference = fold_scales(exact_arithmetic)(images) - exact_arithmetic(images)
     print(f"float64: logits of {len(images)} random images within {difference.abs().max():.1e}")
 
 
@@ -138,7 +138,7 @@ def check_written(model: nn.Module, written: nn.Module, files: list[Path], image
     """Print how the written network answers beside the one it came from.
 
     Raises:
-        InputError: it mostly predicts other classes; its files are removed.
+        UserError: it mostly predicts other classes; its files are removed.
     """
     images = random_images(image_size, torch.float32)
     expected, logits = model(images), written(images)
@@ -150,7 +150,7 @@ def check_written(model: nn.Module, written: nn.Module, files: list[Path], image
     if agree < len(images) / 2:
         for file in files:
             file.unlink()
-        raise InputError(f"{files[0]} answered differently and was removed: the engine is unsound")
+        raise UserError(f"{files[0]} answered differently and was removed: the engine is unsound")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import build_model
-from utils.command_line import Parser, boolean, command
-from utils.operations import LayerCount, count_layers, total
+from utils.run.command_line import Parser, boolean, command
+from scripts.count_ops import LayerCount, count_layers, total
 
 COLUMNS = ("parameters", "binary_weights", "flops", "bops", "ops", "float_bytes", "packed_bytes")
 

@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from models.exported import ExportedNetwork
-from models.loading import LoadedNetwork, open_network
-from utils.checkpoint import write_released
-from utils.command_line import Parser, add_network_options, command
-from utils.config import Config, parse_config
+from models.export.exported import ExportedNetwork
+from models.checkpoints import LoadedNetwork, open_network
+from utils.checkpoint.checkpoint import write_released
+from utils.run.command_line import Parser, add_network_options, command
+from utils.run.config import Config, parse_config
 from utils.data import open_val_images, val_loader
-from utils.distributed import Process, sum_over_processes, training_process
+from utils.run.distributed import DistEnv, all_reduce_sum, init_distributed
 from utils.engine import Meter, count_outputs, measure
-from utils.errors import InputError
-from utils.files import check_output
+from utils.run.errors import UserError
+from utils.checkpoint.files import check_output
 
 Z95 = 1.959964  # of a two-sided 95 % interval
 DEFAULTS = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
@@ -57,7 +57,7 @@ def main() -> None:
     arguments = parse()
     if arguments.save_released:
         check_output(arguments.save_released, arguments.force)
-    with training_process() as process:
+    with init_distributed() as process:
         network = opened(arguments.file, arguments)
         config = data_config(arguments, network)
         model = answering(network, arguments.precision, process)
@@ -67,7 +67,7 @@ def main() -> None:
             results |= compare(
                 model, answering(other, arguments.precision, process), config, process
             )
-    if not process.is_main:
+    if not process.is_rank0:
         return
     report(results, str(network), arguments.json)
     if arguments.save_released:
@@ -75,7 +75,7 @@ def main() -> None:
     if arguments.expect is not None:
         low, high = results["top1_interval"]
         if not low <= arguments.expect <= high:
-            raise InputError(
+            raise UserError(
                 f"expected top-1 {arguments.expect} % is outside of {low:.2f} to {high:.2f} %"
             )
 
@@ -93,9 +93,9 @@ def opened(file: Path, arguments: argparse.Namespace) -> LoadedNetwork | Exporte
     network = open_either(file, arguments)
     if isinstance(network, ExportedNetwork):
         if arguments.precision == "float64":
-            raise InputError(f"{file} computes in float32: leave --precision out")
+            raise UserError(f"{file} computes in float32: leave --precision out")
         if arguments.save_released:
-            raise InputError(f"{file} is no checkpoint: --save_released needs one")
+            raise UserError(f"{file} is no checkpoint: --save_released needs one")
     return network
 
 
@@ -120,7 +120,7 @@ class InFloat64(nn.Module):
 
 
 def answering(
-    network: LoadedNetwork | ExportedNetwork, precision: str, process: Process
+    network: LoadedNetwork | ExportedNetwork, precision: str, dist: DistEnv
 ) -> nn.Module:
     """The network on the device, in eval mode, and in float64 if asked and if it can."""
     in_float64 = precision == "float64" and not isinstance(network, ExportedNetwork)
@@ -128,12 +128,12 @@ def answering(
     return model.to(process.device).eval()
 
 
-def evaluate(model: nn.Module, config: Config, process: Process) -> dict:
+def evaluate(model: nn.Module, config: Config, dist: DistEnv) -> dict:
     """top1, top5 (percent) and loss with their intervals, images, images_per_second."""
     images = open_val_images(config, process)
     classes = count_outputs(model, config.image_size, process.device)
     if classes != len(images.classes):
-        raise InputError(
+        raise UserError(
             f"the network has {classes} classes and the data {len(images.classes)}:"
             " evaluate on the data it was trained for"
         )
@@ -145,17 +145,17 @@ def evaluate(model: nn.Module, config: Config, process: Process) -> dict:
 
 
 @torch.no_grad()
-def compare(model: nn.Module, other: nn.Module, config: Config, process: Process) -> dict:
+def compare(model: nn.Module, other: nn.Module, config: Config, dist: DistEnv) -> dict:
     """same_class: images on which both networks predict alike; logit_difference: the mean one."""
     sums = torch.zeros(3, dtype=torch.float64, device=process.device)
     for images, _ in val_loader(open_val_images(config, process), config, process):
         ours, theirs = model(images), other(images)
         if ours.shape != theirs.shape:
-            raise InputError(f"one network has {ours.shape[1]} classes, one {theirs.shape[1]}")
+            raise UserError(f"one network has {ours.shape[1]} classes, one {theirs.shape[1]}")
         sums[0] += (ours.argmax(1) == theirs.argmax(1)).sum()
         sums[1] += (ours - theirs).abs().sum()
         sums[2] += ours.numel()
-    same, difference, count = sum_over_processes(sums).tolist()
+    same, difference, count = all_reduce_sum(sums).tolist()
     return {"same_class": int(same), "logit_difference": difference / count}
 
 

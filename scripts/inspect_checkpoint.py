@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models.exact import binary_convolutions
-from models.loading import LoadedNetwork, load_network
+from models.export.fold import binary_convolutions
+from models.checkpoints import LoadedNetwork, load_network
 from utils.binarize import BinaryConv2d, channel_scale, is_binary
-from utils.command_line import Parser, command
+from utils.run.command_line import Parser, command
 
 QUANTILES = (0.05, 0.5, 0.95)
 
@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     # Without a word from the file, real weights are looked at as if they were latent ones.
-    loaded = load_network(arguments.file, if_untold={"binary_weights": True})
+    loaded = load_network(arguments.file, defaults={"binary_weights": True})
     layers = [describe(name, conv) for name, conv in binary_convolutions(loaded.model).items()]
     if arguments.json:
         print(json.dumps(facts(loaded) | {"layers": layers}))

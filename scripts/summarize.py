@@ -14,14 +14,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from models.loading import load_network
-from utils.checkpoint import BEST
-from utils.command_line import Parser, command
-from utils.errors import InputError
-from utils.files import write_whole
-from utils.markdown import print_table
-from utils.operations import count_layers, total
-from utils.records import read_records
+from models.checkpoints import load_network
+from utils.checkpoint.checkpoint import BEST
+from utils.run.command_line import Parser, command
+from utils.run.errors import UserError
+from utils.checkpoint.files import atomic_write
+from utils.run.command_line import print_table
+from scripts.count_ops import count_layers, total
+from utils.run.logging import read_records
 
 HEADER = ("", "top-1 %", "best epoch", "parameters", "binary", "float32 KB", "packed KB", "MOPs")
 
@@ -61,7 +61,7 @@ def draw_curves(runs: dict[str, Path], picture: Path) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracies.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(picture, lambda file: figure.savefig(file, format="png", dpi=120))
+    atomic_write(picture, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 @command
@@ -74,7 +74,7 @@ def main() -> None:
     for run in arguments.runs:
         name, separator, folder = run.partition("=")
         if not separator:
-            raise InputError(f"give each run as NAME=RUN_FOLDER, not {run!r}")
+            raise UserError(f"give each run as NAME=RUN_FOLDER, not {run!r}")
         runs[name] = Path(folder)
     print_table([HEADER, *(table_row(name, folder) for name, folder in runs.items())])
     draw_curves(runs, arguments.picture)

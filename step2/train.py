@@ -1,4 +1,4 @@
-"""Step 2: train with binary activations and binary weights, without weight decay, from step 1.
+"""Step 2: binary activations and binary weights, without weight decay, from step 1.
 
 The signs that step 1 found are kept dependable: without weight decay the latent weights are no
 longer pulled towards 0, where every sign is one update away from flipping.
@@ -9,114 +9,81 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import build_model
 from models.teacher import load_teacher
-from utils import engine
-from utils.checkpoint import Checkpoint, load_strictly, read_checkpoint, resume
-from utils.command_line import command
-from utils.config import Config, parse_config
-from utils.data import open_images, train_loader, val_loader
-from utils.distributed import Process, broadcast_buffers, distribute, training_process
-from utils.errors import InputError
-from utils.files import is_there
-from utils.keeping import Keeper, run_folder
-from utils.limits import limits_told
-from utils.live import live_measures
-from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
+from utils.checkpoint.checkpoint import load_initial_weights
+from utils.checkpoint.manager import CheckpointManager, run_session
+from utils.data.loader import build_loaders
+from utils.engine import evaluate, train_one_epoch
+from utils.metrics import build_metrics
+from utils.optim import build_optimizer, describe_groups, set_learning_rate
 from utils.precision import compiled, place, set_precision
-from utils.runlog import RunLog, epoch_record
+from utils.run.command_line import command
+from utils.run.config import Config, parse_config
+from utils.run.distributed import DistEnv, broadcast_buffers, distribute
+from utils.run.errors import UserError
+from utils.run.logging import RunLog, epoch_record
+from utils.run.state import TrainState
 
 
 @command
 def main() -> None:
     config = parse_config(Path(__file__).with_name("config.yaml"), description=__doc__)
-    with (
-        training_process() as process,
-        run_folder(config.save, process),
-        limits_told(config, process),
-    ):
-        train(config, process)
+    with run_session(config) as dist:
+        train(config, dist)
 
 
-def train(config: Config, process: Process) -> None:
-    device = process.device
-    train_images, val_images = open_images(config, process)
-    train_batches = train_loader(train_images, config, process)
-    val_batches = val_loader(val_images, config, process)
-    classes = len(train_images.classes)
+def train(config: Config, dist: DistEnv) -> None:
+    train_loader, val_loader = build_loaders(config, dist)
+    num_classes = len(train_loader.dataset.classes)
 
+    # The student: Sign binarizes the activations, mean|w| * Sign(w) the weights.
     set_precision(config.precision)
     torch.manual_seed(config.seed)
-    student = build_model(config.model, num_classes=classes, **config.network_options())
-    place(student, device, config.channels_last)
-    optimizer = build_optimizer(
-        student,
-        config.learning_rate,
-        config.weight_decay,
-        config.decay_group,
-        config.optimizer,
-        config.optimizer_options,
-    )
+    student = build_model(config.model, num_classes=num_classes, **config.network_options())
+    place(student, config, dist.device)
+    # Adam, without weight decay: it would pull latent weights to 0, where signs flip.
+    optimizer = build_optimizer(student, config)
+    # The softmax of the teacher is the student's target.
+    teacher = load_teacher(config, num_classes, dist.device)
 
-    resumed = resume(config, process, student, optimizer)
-    history = resumed.history
-    if resumed.start:
-        start = resumed.start
-    elif config.init_from:
-        start = read_step1(config.init_from)
-        load_strictly(student, start)
-    else:
-        start = "scratch"
-    teacher = load_teacher(
-        config.teacher, config.teacher_checkpoint, classes, config.image_size, device
-    )
-    teacher = compiled(place(teacher, device, config.channels_last), config.compile)
-    measures = live_measures(config, process, student, val_images, resumed.measures)
-    network = compiled(student, config.compile)
-    model = distribute(network, process, config.sync_bn)
-    with (
-        RunLog(config, process, history) as log,
-        Keeper(config, process, log, student, optimizer, measures, resumed) as keeper,
-    ):
-        log.opening(config, process, start, describe_groups(optimizer))
-        for epoch in range(len(history), config.epochs):
-            rate = learning_rate(epoch, config.learning_rate, config.epochs, config.schedule)
-            set_learning_rate(optimizer, rate)
-            keeper.start_epoch(epoch, train_batches.batch_sampler)
-            trained = engine.train_one_epoch(
-                model,
-                teacher,
-                train_batches,
-                optimizer,
-                device,
-                config.label_smoothing,
-                config.precision,
-                config.accumulate,
-                log.progress(f"epoch {epoch} train", keeper.iteration),
-                keeper.after_step,
-                keeper.meter,
-            )
+    # An interrupted run goes on; a new one starts from the best of step 1.
+    state = TrainState()
+    metrics = build_metrics(config, dist, student, val_loader.dataset)
+    checkpoints = CheckpointManager(config, dist, student, optimizer, metrics, state)
+    start = checkpoints.resume()
+    if not start:
+        start = load_step1_weights(student, config.init_from)
+        metrics.set_initial_signs()
+
+    network = compiled(student, config)
+    model = distribute(network, dist, config.sync_bn)
+    log = RunLog(config, dist, state, iterations=len(train_loader))
+    state.hooks = [metrics, checkpoints, log]
+    with log, checkpoints:
+        log.opening(start, describe_groups(optimizer))
+        for epoch in range(state.epoch, config.epochs):
+            rate = set_learning_rate(optimizer, epoch, config)
+            train_loader.set_epoch(epoch, start_batch=state.iteration)
+            trained = train_one_epoch(model, teacher, train_loader, optimizer, config, state)
             broadcast_buffers(student)
-            validated = engine.validate(
-                network, val_batches, device, config.precision, log.progress(f"epoch {epoch} val")
-            )
-            history.append(epoch_record(epoch, rate, trained, validated, measures.epoch()))
-            keeper.save_epoch()
-            log.epoch(history)
-        log.closing(history)
+            validated = evaluate(network, val_loader, config.precision).results()
+            state.end_epoch(epoch_record(epoch, rate, trained, validated, metrics.summary()))
+        log.closing(state)
 
 
-def read_step1(path: str) -> Checkpoint:
-    """The checkpoint that step 1 left: latent weights, and everything else, for step 2."""
-    if not is_there(Path(path)):
-        raise InputError(
+def load_step1_weights(student: nn.Module, path: str | None) -> str:
+    """Load what step 1 left as latent weights; None starts from scratch, as one-step training."""
+    if path and not Path(path).exists():
+        raise UserError(
             f"step 2 starts from step 1, and there is no {path}:"
             " run step 1 first (bash step1/run.sh), or pass --init_from with its checkpoint"
         )
-    return read_checkpoint(path)
+    return load_initial_weights(student, path)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Ended:
 def run_apart(main: Callable[[], None], arguments: Sequence[str], folder: Path) -> Ended:
     """Run a program in a process of its own, which works in `folder`."""
     streams = folder / "stdout", folder / "stderr"
-    process = FORK.Process(target=_run, args=(main, arguments, folder, *streams))
+    process = FORK.DistEnv(target=_run, args=(main, arguments, folder, *streams))
     process.start()
     process.join(LONGEST)
     code = process.exitcode

@@ -12,7 +12,7 @@ import torch
 
 from step1.train import main as step1_main
 from step2.train import main as step2_main
-from utils.shapes import draw_set
+from utils.data.shapes import draw_set
 
 ROOT = Path(__file__).parents[1]
 # On networks this small threads, also those of the programs that tests start, only wait.

@@ -19,7 +19,7 @@ from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
 from tests.damage import cut_the_end_off, flip_many_bits
-from utils.config import FIELDS
+from utils.run.config import FIELDS
 
 
 def drawn(strategy: SearchStrategy, count: int, number: int) -> list:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from utils.checkpoint import BEST, NEWEST, read_checkpoint
-from utils.errors import InputError
-from utils.records import RECORDS, read_records
+from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint
+from utils.run.errors import UserError
+from utils.run.logging import RECORDS, read_records
 
 Outcome = str  # empty when survived, else what was lost or unclear
 
@@ -57,6 +57,6 @@ def outcome(folder: Path) -> dict[str, Any]:
 def compared(whole: Path, folder: Path) -> Outcome:
     try:
         differs = difference(outcome(whole), outcome(folder))
-    except (InputError, OSError, ValueError) as error:
+    except (UserError, OSError, ValueError) as error:
         return f"lost: {error}"
     return differs and f"lost: {differs} differs from the unbroken run"

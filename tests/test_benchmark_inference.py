@@ -12,7 +12,7 @@ from test_exact_and_packed import trained_like
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 
-from models.openvino_network import write_openvino
+from models.export.openvino import write_openvino
 from scripts.benchmark_inference import CONTENDERS, REFERENCE, Worker, as_table
 
 BITS = [contender for contender in CONTENDERS if contender.file == "network.xml"]

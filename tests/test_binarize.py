@@ -8,7 +8,7 @@ import torch
 
 from utils import binarize
 from utils.binarize import BinaryConv2d, Sign, binarize_weight, sign_clip, sign_polynomial
-from utils.errors import InputError
+from utils.run.errors import UserError
 
 EPS = np.finfo(np.float64).eps
 POSITIVE = [0.0, EPS, 0.5, 1 - EPS, 1, 1 + EPS, 2, 1e30, np.inf]
@@ -113,9 +113,9 @@ def test_latent_weights_start_positive_as_released_or_symmetric():
 
 
 def test_unknown_names_are_refused_with_the_valid_ones():
-    with pytest.raises(InputError, match="polynomial, clip"):
+    with pytest.raises(UserError, match="polynomial, clip"):
         Sign("swish")
-    with pytest.raises(InputError, match="positive, symmetric"):
+    with pytest.raises(UserError, match="positive, symmetric"):
         BinaryConv2d(1, 1, 1, latent_init="zero")
 
 

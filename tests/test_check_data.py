@@ -4,7 +4,7 @@ import pytest
 from conftest import CLASSES, TRAIN, VAL, write_images
 from PIL import Image
 
-from utils.checkpoint import NEWEST
+from utils.checkpoint.checkpoint import NEWEST
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import torch
 
 from models import build_model
 from models.teacher import load_teacher
-from utils.checkpoint import Checkpoint, load_strictly, read_checkpoint, write_whole
-from utils.errors import InputError
+from utils.checkpoint.checkpoint import Checkpoint, load_strictly, read_checkpoint, atomic_write
+from utils.run.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -33,8 +33,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"half of the ne")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(InputError, match="No space left on device"):
-        write_whole(path, fill_the_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        atomic_write(path, fill_the_disk)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -43,7 +43,7 @@ def test_a_file_is_replaced_and_never_rewritten_in_place(tmp_path):
     path = tmp_path / "checkpoint.pth.tar"
     path.write_bytes(b"old")
     with path.open("rb") as reader:
-        write_whole(path, lambda file: file.write(b"new"))
+        atomic_write(path, lambda file: file.write(b"new"))
         assert reader.read() == b"old"
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
@@ -55,8 +55,8 @@ def test_a_full_disk_under_torch_save_is_one_sentence(tmp_path):
         with Path("/dev/full").open("wb") as full:
             torch.save({"a": torch.zeros(10**6)}, full)
 
-    with pytest.raises(InputError, match="cannot write") as caught:
-        write_whole(tmp_path / "x", save_to_a_full_disk)
+    with pytest.raises(UserError, match="cannot write") as caught:
+        atomic_write(tmp_path / "x", save_to_a_full_disk)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -77,7 +77,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(tmp_path, lega
     content = {"state_dict": {"fc.weight": torch.zeros(1)}, "epoch": Hostile(ran)}
     path = tmp_path / "hostile.pth.tar"
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(InputError, match="read as data only"):
+    with pytest.raises(UserError, match="read as data only"):
         read_checkpoint(path)
     assert not ran.exists()
     pickle.loads(pickle.dumps(Hostile(ran)))
@@ -89,7 +89,7 @@ def test_a_truncated_checkpoint_is_one_sentence_wherever_it_is_cut(tmp_path):
     cut = tmp_path / "cut"
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         cut.write_bytes(whole[:length])
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(UserError) as caught:
             read_checkpoint(cut)
         assert str(cut) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -106,13 +106,13 @@ def test_a_truncated_checkpoint_is_one_sentence_wherever_it_is_cut(tmp_path):
     ],
 )
 def test_data_without_a_state_dict_is_no_checkpoint(tmp_path, content):
-    with pytest.raises(InputError, match="is not a checkpoint"):
+    with pytest.raises(UserError, match="is not a checkpoint"):
         read_checkpoint(save(tmp_path / "file", content))
 
 
 def test_an_epoch_that_is_no_number_is_one_sentence(tmp_path):
     content = {"state_dict": tiny().state_dict(), "epoch": "three"}
-    with pytest.raises(InputError, match="its epoch is not a number"):
+    with pytest.raises(UserError, match="its epoch is not a number"):
         str(read_checkpoint(save(tmp_path / "file", content)))
 
 
@@ -123,7 +123,7 @@ def test_text_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path):
         (tmp_path, "cannot read checkpoint"),
         (tmp_path / "missing", "does not exist"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(UserError, match=words):
             read_checkpoint(path)
 
 
@@ -177,7 +177,7 @@ def test_strict_loading_names_missing_left_over_and_misshapen_keys():
     del state["fc.bias"]
     state["feature.14.bias"] = torch.zeros(1)
     state["fc.weight"] = torch.zeros(10, 32)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         load_strictly(tiny(), held(state))
     assert str(caught.value).startswith(
         "file does not fit this ReActNetA: it lacks 1 tensors (fc.bias)"
@@ -191,14 +191,14 @@ def test_a_refused_state_changes_no_weight():
     before = {key: value.clone() for key, value in model.state_dict().items()}
     state = tiny().state_dict()
     del state["fc.bias"]
-    with pytest.raises(InputError):
+    with pytest.raises(UserError):
         load_strictly(model, held(state))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_no_teacher_and_unknown_teachers():
     assert load_teacher(None, None, 3, 32, CPU) is None
-    with pytest.raises(InputError, match="neither a torchvision network, nor a checkpoint"):
+    with pytest.raises(UserError, match="neither a torchvision network, nor a checkpoint"):
         load_teacher("resnet35", None, 3, 32, CPU)
 
 
@@ -212,9 +212,9 @@ def test_torchvision_teacher_from_a_file_is_frozen_and_in_eval_mode(tmp_path):
     assert torch.equal(teacher(images), reference.eval()(images))
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    with pytest.raises(InputError, match="has 3 classes and the data 10"):
+    with pytest.raises(UserError, match="has 3 classes and the data 10"):
         load_teacher("resnet18", str(path), 10, 32, CPU)
-    with pytest.raises(InputError, match="does not fit this ResNet"):
+    with pytest.raises(UserError, match="does not fit this ResNet"):
         load_teacher("resnet34", str(path), 3, 32, CPU)
 
 
@@ -227,5 +227,5 @@ def test_a_failed_download_names_the_option_for_a_file(monkeypatch):
         raise URLError("no network")
 
     monkeypatch.setattr(torchvision.models, "get_model", no_network)
-    with pytest.raises(InputError, match="pass --teacher_checkpoint"):
+    with pytest.raises(UserError, match="pass --teacher_checkpoint"):
         load_teacher("resnet34", None, 1000, 32, CPU)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.config import FIELDS, as_yaml, from_saved, parse_config
-from utils.errors import InputError
+from utils.run.config import FIELDS, as_yaml, from_saved, parse_config
+from utils.run.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEP1, STEP2 = ROOT / "step1" / "config.yaml", ROOT / "step2" / "config.yaml"
@@ -65,7 +65,7 @@ def test_a_negative_number_may_have_an_exponent():
 def test_optimizer_options_are_a_mapping():
     config = parse_config(STEP1, ["--optimizer", "SGD", "--optimizer_options", "{momentum: 0.9}"])
     assert (config.optimizer, config.optimizer_options) == ("SGD", {"momentum": 0.9})
-    with pytest.raises(InputError, match="optimizer_options must be a mapping"):
+    with pytest.raises(UserError, match="optimizer_options must be a mapping"):
         parse_config(STEP1, ["--optimizer_options", "0.9"])
 
 
@@ -103,7 +103,7 @@ def test_text_fields_keep_text_that_looks_like_a_number(monkeypatch, tmp_path):
     ],
 )
 def test_wrong_option_is_one_sentence_with_its_name(arguments, words):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         parse_config(STEP1, arguments)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -128,7 +128,7 @@ def test_wrong_option_is_one_sentence_with_its_name(arguments, words):
 def test_wrong_yaml_is_one_sentence(tmp_path, text, words):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         parse_config(STEP1, ["--config", str(path)])
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -137,7 +137,7 @@ def test_wrong_yaml_is_one_sentence(tmp_path, text, words):
 def test_recipe_without_a_required_field_names_it(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(STEP1.read_text().replace("epochs: 256", ""))
-    with pytest.raises(InputError, match="lacks epochs"):
+    with pytest.raises(UserError, match="lacks epochs"):
         parse_config(path, [])
 
 
@@ -155,7 +155,7 @@ def test_only_settings_that_change_the_result_forbid_a_continuation():
 
 
 def test_saved_configuration_is_checked_like_any_other():
-    with pytest.raises(InputError, match="carries no configuration"):
+    with pytest.raises(UserError, match="carries no configuration"):
         from_saved(None, "file")
-    with pytest.raises(InputError, match="unknown option"):
+    with pytest.raises(UserError, match="unknown option"):
         from_saved({"epoch": 3}, "file")

@@ -12,27 +12,27 @@ from PIL import Image
 from torchvision import transforms
 
 from utils import data
-from utils.command_line import one_sentence
-from utils.config import parse_config
+from utils.run.command_line import one_sentence
+from utils.run.config import parse_config
 from utils.data import (
     Lighting,
-    SeededImages,
-    TrainBatches,
-    network_input,
+    SeededDataset,
+    EpochBatchSampler,
+    normalize_batch,
     open_images,
     train_loader,
     val_loader,
 )
-from utils.distributed import Process
-from utils.errors import InputError
-from utils.shapes import SHAPES, SIZE, draw_shape, write_shapes
+from utils.run.distributed import DistEnv
+from utils.run.errors import UserError
+from utils.data.shapes import SHAPES, SIZE, draw_shape, write_shapes
 
 LIGHTING_SCALES = {"released": 1.0, "textbook": 255.0}
 STEP1 = Path(__file__).parents[1] / "step1" / "config.yaml"
 
 
 def process(rank: int = 0, world_size: int = 1) -> Process:
-    return Process(rank, rank, world_size, torch.device("cpu"))
+    return DistEnv(rank, rank, world_size, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_the_network_sees_is_what_the_released_order_of_transforms_gives(co
     pixels[0], pixels[1] = 0, 255
     for seed, image in enumerate(map(Image.fromarray, pixels)):
         torch.manual_seed(seed)
-        ours = network_input(*(part[None] for part in transform(image)))[0]
+        ours = normalize_batch(*(part[None] for part in transform(image)))[0]
         torch.manual_seed(seed)
         assert torch.equal(ours, whole(image)) and ours.is_contiguous()
 
@@ -92,7 +92,7 @@ def test_default_validation_is_resize_256_crop_224_and_no_noise():
             transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
         ]
     )
-    ours = network_input(*(part[None] for part in transform(image)))[0]
+    ours = normalize_batch(*(part[None] for part in transform(image)))[0]
     assert torch.equal(ours, whole(image))
 
 
@@ -120,7 +120,7 @@ def test_order_and_augmentation_change_with_epoch_and_seed(config):
 
 def test_order_is_drawn_from_seed_and_epoch():
     def order(seed: int, epoch: int) -> list:
-        batches = TrainBatches(24, 8, seed, rank=0, world_size=1)
+        batches = EpochBatchSampler(24, 8, seed, rank=0, world_size=1)
         batches.epoch = epoch
         return [index for batch in batches for _, index in batch]
 
@@ -146,15 +146,15 @@ def test_two_processes_together_load_the_batches_of_one(config):
 
 @pytest.mark.parametrize(("length", "last"), [(24, 8), (19, 3), (17, 1)])
 def test_every_image_is_trained_on_once_and_what_is_left_over_makes_the_last_batch(length, last):
-    batches = list(TrainBatches(length, 8, seed=0, rank=0, world_size=1))
+    batches = list(EpochBatchSampler(length, 8, seed=0, rank=0, world_size=1))
     assert sorted(index for batch in batches for _, index in batch) == list(range(length))
     assert len(batches[-1]) == last
 
 
 @pytest.mark.parametrize("length", [16, 17, 18, 19])
 def test_all_processes_take_the_same_number_of_batches_and_none_is_empty(length):
-    shares = [list(TrainBatches(length, 8, 0, rank, world_size=2)) for rank in (0, 1)]
-    assert len(shares[0]) == len(shares[1]) == len(TrainBatches(length, 8, 0, 0, 2))
+    shares = [list(EpochBatchSampler(length, 8, 0, rank, world_size=2)) for rank in (0, 1)]
+    assert len(shares[0]) == len(shares[1]) == len(EpochBatchSampler(length, 8, 0, 0, 2))
     assert all(batch for share in shares for batch in share)
 
 
@@ -201,7 +201,7 @@ def test_built_in_drawings_are_the_same_every_time_and_differ_from_each_other():
 
 
 def test_built_in_images_are_written_once_as_an_image_folder(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.shapes._SPLITS", {"train": 2, "val": 1})
+    monkeypatch.setattr("utils.data.shapes._SPLITS", {"train": 2, "val": 1})
     config = replace(config, data="shapes", cache_dir=str(tmp_path))
     train, val = open_images(config, process())
     assert train.classes == list(SHAPES) and (len(train), len(val)) == (20, 10)
@@ -212,7 +212,7 @@ def test_built_in_images_are_written_once_as_an_image_folder(config, tmp_path, m
 
 
 def test_interrupted_drawing_leaves_no_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.shapes.draw_shape", lambda *_: 1 / 0)
+    monkeypatch.setattr("utils.data.shapes.draw_shape", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_shapes(tmp_path / "shapes")
     assert not list(tmp_path.iterdir())
@@ -222,7 +222,7 @@ def test_undecodable_image_is_named_also_from_a_worker(config, tmp_path):
     folder = write_images(tmp_path / "images")
     (folder / "train" / "disc" / "3.png").write_bytes(b"no image")
     for workers in (0, 1):
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(UserError) as caught:
             batches_of(replace(config, data=str(folder)), workers, epoch=0)
         sentence = one_sentence(caught.value)
         assert sentence.startswith(f"cannot decode image {folder}/train/disc/3.png")
@@ -231,6 +231,6 @@ def test_undecodable_image_is_named_also_from_a_worker(config, tmp_path):
 
 def test_transform_must_use_torchs_generator_to_be_repeatable(image_folder):
     folder = data.ImageFolder(image_folder / "train")
-    images = SeededImages(folder, lambda _: (torch.rand(2), torch.zeros(3)), 7)
+    images = SeededDataset(folder, lambda _: (torch.rand(2), torch.zeros(3)), 7)
     assert torch.equal(images[1, 2][0], images[1, 2][0])
     assert not torch.equal(images[1, 2][0], images[2, 2][0])

@@ -14,15 +14,15 @@ from conftest import CLASSES, write_images
 from PIL import Image
 
 from utils import data
-from utils.command_line import one_sentence
-from utils.config import parse_config
-from utils.data import SeededImages, TrainTransform, open_images, open_train_images, train_loader
-from utils.decoding import CroppedImage, whole_image
-from utils.distributed import Process
-from utils.errors import InputError
+from utils.run.command_line import one_sentence
+from utils.run.config import parse_config
+from utils.data import SeededDataset, TrainTransform, open_images, open_train_images, train_loader
+from utils.data.decode import CroppedImage, whole_image
+from utils.run.distributed import DistEnv
+from utils.run.errors import UserError
 
 STEP1 = Path(__file__).parents[1] / "step1" / "config.yaml"
-ALONE = Process(0, 0, 1, torch.device("cpu"))
+ALONE = DistEnv(0, 0, 1, torch.device("cpu"))
 DECODERS = ["pil", "nvimagecodec"]
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_jpeg_is_one_sentence_and_can_be_replaced(config, capfd, decod
     cut = {"cut off": len(whole) // 2, "no end": len(whole) - 2, "empty": 0}
     path.write_bytes(b"no image" if damage == "no image" else whole[: cut.get(damage, 0)])
     config = replace(config, decoder=decoder)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         epochs(config, 1)
     assert one_sentence(caught.value).startswith(f"cannot decode image {path} (")
     epochs(replace(config, skip_unreadable=1), 2)
@@ -184,7 +184,7 @@ def test_the_image_taken_instead_is_augmented_the_same_by_all_decoders(codec, co
 
 def test_validation_images_are_read_whole_whatever_the_decoder(codec, config):
     _, val = open_images(replace(config, decoder="nvimagecodec"), ALONE)
-    assert isinstance(val, SeededImages) and val.images.loader is whole_image
+    assert isinstance(val, SeededDataset) and val.images.loader is whole_image
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch, run_step):

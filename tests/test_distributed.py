@@ -20,13 +20,13 @@ from torch.nn.utils import parameters_to_vector
 from models import build_model
 from utils import engine
 from utils.binarize import LatentConv2d
-from utils.checkpoint import BEST, NEWEST, Resumed, resume_within_epoch
-from utils.data import TrainBatches, val_batches
-from utils.distributed import Process, broadcast_buffers, distribute, training_process
+from utils.checkpoint.checkpoint import BEST, NEWEST, Resumed, resume_within_epoch
+from utils.data import EpochBatchSampler, val_batches
+from utils.run.distributed import DistEnv, broadcast_buffers, distribute, init_distributed
 from utils.launch import torchrun_settings
-from utils.live import LiveMeasures, NoMeasures
+from utils.metrics import BinaryMetrics, NoMeasures
 from utils.optim import build_optimizer
-from utils.records import read_records
+from utils.run.logging import read_records
 
 IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
 
@@ -48,14 +48,14 @@ def images_and_labels():
     return images, torch.arange(IMAGES) % 3
 
 
-def train_three_steps(process: Process, network, sync_bn: bool) -> dict:
+def train_three_steps(dist: DistEnv, network, sync_bn: bool) -> dict:
     """Train and validate in this process among its peers; what it ended with."""
     images, labels = images_and_labels()
     rank, world_size = process.rank, process.world_size
-    keys = list(TrainBatches(IMAGES, BATCH, 0, rank, world_size))
+    keys = list(EpochBatchSampler(IMAGES, BATCH, 0, rank, world_size))
     batches = [[index for _, index in batch] for batch in keys]
     student = network()
-    live = LiveMeasures(student, images[:2]) if hasattr(student, "feature") else NoMeasures()
+    live = BinaryMetrics(student, images[:2]) if hasattr(student, "feature") else NoMeasures()
     snapshots = [parameters_to_vector(student.parameters()).detach()]
 
     def after_step():
@@ -105,7 +105,7 @@ def _peer(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    with training_process() as process:
+    with init_distributed() as process:
         results = {name: train_three_steps(process, *job) for name, job in JOBS.items()}
     torch.save(results, Path(folder) / f"{rank}.pt")
 
@@ -122,7 +122,7 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     mp.spawn(_peer, (str(folder), free_port()), nprocs=2)
     pair = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    with training_process() as process:
+    with init_distributed() as process:
         alone = {name: train_three_steps(process, *job) for name, job in JOBS.items()}
     return {name: (alone[name], pair[0][name], pair[1][name]) for name in JOBS}
 
@@ -249,7 +249,7 @@ def test_another_number_of_processes_takes_over_the_sums_and_the_main_one_all_of
     unfinished = {"iteration": 5, "processes": peers}
     for rank, sums in ((0, [3, 2]), (1, None), (2, None)):
         resumed = Resumed()
-        resume_within_epoch(resumed, unfinished, Process(rank, rank, 3, torch.device("cpu")))
+        resume_within_epoch(resumed, unfinished, DistEnv(rank, rank, 3, torch.device("cpu")))
         assert resumed.iteration == 5
         assert sums == (resumed.sums and resumed.sums["sums"].tolist())
 

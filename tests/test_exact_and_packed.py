@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from models import MODELS, build_model
-from models.exact import binary_convolutions, with_exact_weights, with_plain_convolutions
-from models.loading import load_network
-from models.onnx_network import OnnxNetwork, write_onnx
-from utils.errors import InputError
-from utils.packing import pack_bits, read_packed, unpack_bits, write_packed
+from models.export.fold import binary_convolutions, fold_scales, to_plain_convs
+from models.checkpoints import load_network
+from models.export.onnx import OnnxNetwork, write_onnx
+from utils.run.errors import UserError
+from utils.checkpoint.packed import pack_bits, read_packed, unpack_bits, write_packed
 
 
 def trained_like(name: str, seed: int = 0, **options) -> nn.Module:
@@ -42,7 +42,7 @@ def images(count: int = 8, size: int = 32) -> torch.Tensor:
 @torch.no_grad()
 def test_exact_weights_give_the_same_logits_in_float64(name):
     model = trained_like(name)
-    exact = with_exact_weights(model)
+    exact = fold_scales(model)
     assert (exact(images()) - model(images())).abs().max() < 1e-9
     for conv in binary_convolutions(exact).values():
         assert (conv.weight.abs() == 1).all()
@@ -55,7 +55,7 @@ def test_a_channel_whose_latents_are_all_zero_stays_silent(name):
     model = trained_like(name)
     for conv in binary_convolutions(model).values():
         conv.weight.data[0] = 0
-    exact = with_exact_weights(model)
+    exact = fold_scales(model)
     difference = exact(images()) - model(images())
     assert torch.isfinite(difference).all() and difference.abs().max() < 1e-9
 
@@ -64,8 +64,8 @@ def test_a_channel_whose_latents_are_all_zero_stays_silent(name):
 @torch.no_grad()
 def test_each_block_agrees_in_float32_from_the_same_inputs(name):
     model = trained_like(name).float()
-    exact = with_exact_weights(model)
-    blocks = [n for n, m in model.named_modules() if hasattr(m, "absorbs")]
+    exact = fold_scales(model)
+    blocks = [n for n, m in model.named_modules() if hasattr(m, "scale_folds_into")]
     seen = {}
     for block in blocks:
         model.get_submodule(block).register_forward_hook(
@@ -81,10 +81,10 @@ def test_each_block_agrees_in_float32_from_the_same_inputs(name):
 
 @torch.no_grad()
 def test_real_weights_have_nothing_to_fold_and_plain_convolutions_equal_binary_ones():
-    with pytest.raises(InputError, match="has real weights"):
-        with_exact_weights(trained_like("reactnet_a", binary_weights=False))
+    with pytest.raises(UserError, match="has real weights"):
+        fold_scales(trained_like("reactnet_a", binary_weights=False))
     model = trained_like("bireal_r18")
-    plain = with_plain_convolutions(model)
+    plain = to_plain_convs(model)
     assert not binary_convolutions(plain)
     assert torch.equal(plain(images()), model(images()))
 
@@ -111,7 +111,7 @@ def pack(model: nn.Module, path, dtype=torch.float32) -> None:
 
 @torch.no_grad()
 def test_a_packed_file_gives_back_the_exact_network_bit_for_bit(tmp_path):
-    exact = with_exact_weights(trained_like("reactnet_a").float())
+    exact = fold_scales(trained_like("reactnet_a").float())
     path = tmp_path / "packed.safetensors"
     pack(exact, path)
     state, _ = read_packed(path)
@@ -122,7 +122,7 @@ def test_a_packed_file_gives_back_the_exact_network_bit_for_bit(tmp_path):
 
 
 def test_reactnet_a_packs_below_8_1_megabytes(tmp_path):
-    exact = with_exact_weights(build_model("reactnet_a"))
+    exact = fold_scales(build_model("reactnet_a"))
     path = tmp_path / "packed.safetensors"
     pack(exact, path)
     assert 7.9e6 < path.stat().st_size < 8.1e6
@@ -131,7 +131,7 @@ def test_reactnet_a_packs_below_8_1_megabytes(tmp_path):
 
 
 def test_float16_keeps_kernels_exact_and_rounds_the_rest(tmp_path):
-    exact = with_exact_weights(trained_like("reactnet_a").float())
+    exact = fold_scales(trained_like("reactnet_a").float())
     path = tmp_path / "packed.safetensors"
     pack(exact, path, torch.float16)
     state, _ = read_packed(path)
@@ -143,17 +143,17 @@ def test_float16_keeps_kernels_exact_and_rounds_the_rest(tmp_path):
 
 def test_damaged_and_foreign_packed_files_are_one_sentence(tmp_path):
     path = tmp_path / "packed.safetensors"
-    pack(with_exact_weights(trained_like("reactnet_a").float()), path)
+    pack(fold_scales(trained_like("reactnet_a").float()), path)
     whole = path.read_bytes()
     for damaged in (b"", whole[:100], whole[:-1], b"x" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match="not a packed file, or a damaged one") as caught:
+        with pytest.raises(UserError, match="not a packed file, or a damaged one") as caught:
             load_network(path)
         assert "\n" not in str(caught.value)
     import safetensors.torch
 
     path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, {"other": json.dumps(1)}))
-    with pytest.raises(InputError, match="not one packed by this repo"):
+    with pytest.raises(UserError, match="not one packed by this repo"):
         load_network(path)
 
 
@@ -176,8 +176,8 @@ def test_a_damaged_onnx_file_and_a_missing_package_are_one_sentence(tmp_path, mo
     pytest.importorskip("onnxruntime")
     path = tmp_path / "network.onnx"
     path.write_bytes(b"not a network")
-    with pytest.raises(InputError, match="is not an ONNX network of images"):
+    with pytest.raises(UserError, match="is not an ONNX network of images"):
         OnnxNetwork(path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(InputError, match="pip install -r requirements-export"):
+    with pytest.raises(UserError, match="pip install -r requirements-export"):
         OnnxNetwork(path)

@@ -9,9 +9,9 @@ from conftest import TINY
 
 from scripts.plot_experiment import DRAWINGS
 from scripts.run_experiment import MEASURES
-from utils.checkpoint import BEST, NEWEST, kept, read_checkpoint, write_checkpoint
-from utils.errors import InputError
-from utils.experiments import experiment_names, read_experiment, resolve_runs, scale_names
+from utils.checkpoint.checkpoint import BEST, NEWEST, kept, read_checkpoint, write_checkpoint
+from utils.run.errors import UserError
+from scripts.experiments.spec import experiment_names, read_experiment, resolve_runs, scale_names
 
 TABLES_AND_FIGURES = {*(f"table{n}" for n in range(1, 5)), *(f"fig{n}" for n in range(1, 9))}
 EXPERIMENTS = TABLES_AND_FIGURES | {"precision"}
@@ -160,7 +160,7 @@ def test_a_table_without_a_needed_column_or_rows_is_one_sentence(run_script, tmp
 
 
 def test_an_unknown_key_of_an_experiment_file_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr("utils.experiments.EXPERIMENTS", tmp_path)
+    monkeypatch.setattr("scripts.experiments.spec.EXPERIMENTS", tmp_path)
     (tmp_path / "mine.yaml").write_text("title: t\nclaim: c\nmeasure: results\nrun: {}\n")
-    with pytest.raises(InputError, match="experiment mine has the unknown key run"):
+    with pytest.raises(UserError, match="experiment mine has the unknown key run"):
         read_experiment("mine", "small")

@@ -6,7 +6,7 @@ from composed import binarize_weight as binarize_by_detaching
 from composed import composed, sign_clip, sign_polynomial
 
 from models import MODELS, build_model
-from models.layers import HalvingPool
+from models.layers import AvgPool2x2
 from utils import binarize
 from utils.losses import soft_target_loss
 from utils.optim import build_optimizer
@@ -75,7 +75,7 @@ def test_binary_convolution_has_the_composed_values_and_gradients(kernel, stride
 def test_the_halving_pool_has_the_values_and_gradients_of_torchs_own(size, layout):
     (x,) = leaves((2, 3, *size))
     x = x.detach().to(memory_format=layout).requires_grad_()
-    ours = HalvingPool()(x)
+    ours = AvgPool2x2()(x)
     theirs = torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True)
     assert torch.equal(ours, theirs)
     assert torch.equal(gradients(ours, x)[0], gradients(theirs, x)[0])

@@ -16,10 +16,10 @@ from conftest import ROOT, TINY
 from test_training import assert_same_run, read
 
 from utils import engine, keeping
-from utils.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint, write_checkpoint
-from utils.errors import InputError
-from utils.files import LOCK
-from utils.keeping import Keeper
+from utils.checkpoint.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint, write_checkpoint
+from utils.run.errors import UserError
+from utils.checkpoint.files import LOCK
+from utils.checkpoint.manager import CheckpointManager
 from utils.limits import is_out_of_memory
 from utils.sealing import is_intact
 
@@ -30,14 +30,14 @@ OPTIONS = {"init_from": "none", "latent_init": "symmetric", "learning_rate": 0.0
 
 def at_iteration(patch: pytest.MonkeyPatch, number: int, act) -> None:
     """Call `act` in the course of iteration `number` of a run, counted from 0 over its epochs."""
-    original = Keeper.after_step
+    original = CheckpointManager.after_step
 
     def after_step(self):
         if len(self.history) * ITERATIONS + self.iteration == number:
             act()
         original(self)
 
-    patch.setattr(Keeper, "after_step", after_step)
+    patch.setattr(CheckpointManager, "after_step", after_step)
 
 
 def send(*signals: int):
@@ -160,8 +160,8 @@ def test_a_checkpoint_within_an_epoch_is_told_and_evaluated(run_step, run_script
 def test_a_second_run_on_a_folder_is_refused_until_the_first_is_dead(run_step, tmp_path):
     folder = tmp_path / "step1"
     hold = (
-        "import sys; from pathlib import Path; from utils.files import held_folder\n"
-        f"with held_folder(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from utils.checkpoint.files import lock_directory\n"
+        f"with lock_directory(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -189,7 +189,7 @@ def test_no_flipped_byte_and_no_cut_of_a_checkpoint_goes_unseen(tmp_path):
         flipped[offset] ^= 1 << chosen.randrange(8)
         for damaged in (flipped, whole[:offset]):
             path.write_bytes(damaged)
-            with pytest.raises(InputError) as caught:
+            with pytest.raises(UserError) as caught:
                 read_checkpoint(path)
             assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -261,10 +261,10 @@ def test_a_loss_and_a_gradient_are_both_looked_at(name):
     model = torch.nn.Linear(2, 1)
     model.weight.grad = torch.tensor([[1.0, float("nan") if name == "gradient" else 0.0]])
     loss = torch.tensor(float("inf") if name == "loss" else 1.0)
-    with pytest.raises(engine.NotFinite, match=f"the {name}.* is (inf|nan)"):
-        engine.refuse_not_finite(loss, model)
+    with pytest.raises(engine.NonFiniteError, match=f"the {name}.* is (inf|nan)"):
+        engine.check_finite(loss, model)
     model.weight.grad = torch.full((1, 2), 1e18)
-    engine.refuse_not_finite(torch.tensor(1.0), model)
+    engine.check_finite(torch.tensor(1.0), model)
 
 
 def test_too_little_memory_names_the_batch_size(run_step, monkeypatch):

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from utils import live, measures
-from utils.checkpoint import NEWEST, read_checkpoint
+from utils.checkpoint.checkpoint import NEWEST, read_checkpoint
 
 
 @pytest.fixture
 def snapshots(monkeypatch):
     """The latent weights at the start of a run and after each of its iterations."""
     kept = []
-    create, step = live.LiveMeasures.__init__, live.LiveMeasures.after_step
+    create, step = live.BinaryMetrics.__init__, live.BinaryMetrics.after_step
 
     def snapshot(self):
         kept.append({n: w.clone() for n, w in measures.latent_weights(self.model).items()})
@@ -27,8 +27,8 @@ def snapshots(monkeypatch):
         step(self)
         snapshot(self)
 
-    monkeypatch.setattr(live.LiveMeasures, "__init__", create_and_keep)
-    monkeypatch.setattr(live.LiveMeasures, "after_step", step_and_keep)
+    monkeypatch.setattr(live.BinaryMetrics, "__init__", create_and_keep)
+    monkeypatch.setattr(live.BinaryMetrics, "after_step", step_and_keep)
     return kept
 
 

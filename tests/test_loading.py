@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from models import MODELS, build_model
-from models.exact import with_exact_weights
-from models.loading import inference_content, load_network
+from models.export.fold import fold_scales
+from models.checkpoints import inference_content, load_network
 from tests import golden
-from utils.checkpoint import read_checkpoint, write_checkpoint, write_released
-from utils.config import parse_config
-from utils.errors import InputError
+from utils.checkpoint.checkpoint import read_checkpoint, write_checkpoint, write_released
+from utils.run.config import parse_config
+from utils.run.errors import UserError
 
 STEP2 = Path(__file__).parents[1] / "step2" / "config.yaml"
 NETWORKS = sorted(MODELS)
@@ -87,7 +87,7 @@ def test_a_file_of_the_released_layout_answers_as_the_released_code(case, tmp_pa
 
 
 def test_exact_weights_are_recognised_and_told(tmp_path):
-    model = with_exact_weights(tiny("reactnet_r18"))
+    model = fold_scales(tiny("reactnet_r18"))
     path = tmp_path / "exact.pth.tar"
     write_checkpoint(path, released(model.state_dict()))
     loaded = load_network(path)
@@ -111,7 +111,7 @@ def test_gpu_tensors_load_without_a_gpu(tmp_path, monkeypatch):
 def test_a_file_that_does_not_tell_step_1_from_step_2_is_not_guessed(tmp_path):
     path = tmp_path / "file"
     write_checkpoint(path, released(tiny("reactnet_a").state_dict()))
-    with pytest.raises(InputError, match="pass --binary_weights false if its weights are real"):
+    with pytest.raises(UserError, match="pass --binary_weights false if its weights are real"):
         load_network(path)
     real = load_network(path, binary_weights=False)
     assert "real weights" in str(real)
@@ -120,7 +120,7 @@ def test_a_file_that_does_not_tell_step_1_from_step_2_is_not_guessed(tmp_path):
 def test_a_file_that_tells_is_not_overruled(tmp_path):
     path = tmp_path / "file"
     write_checkpoint(path, own("reactnet_a", tiny("reactnet_a").state_dict()))
-    with pytest.raises(InputError, match="was trained with binary_weights True, not False"):
+    with pytest.raises(UserError, match="was trained with binary_weights True, not False"):
         load_network(path, binary_weights=False)
 
 
@@ -129,7 +129,7 @@ def test_another_architecture_names_the_closest_and_what_does_not_fit(tmp_path):
 
     path = tmp_path / "resnet18.pth"
     torch.save(resnet18().state_dict(), path)
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         load_network(path)
     sentence = str(caught.value)
     assert "closest is bireal_r18" in sentence and "\n" not in sentence
@@ -142,7 +142,7 @@ def test_a_missing_and_a_left_over_key_are_named(tmp_path):
     state["feature.14.bias"] = torch.zeros(1)
     path = tmp_path / "file"
     write_checkpoint(path, released(state))
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(UserError) as caught:
         load_network(path, binary_weights=True)
     assert "closest is reactnet_a" in str(caught.value)
     assert "lacks 1 (feature.13.move23.bias)" in str(caught.value)
@@ -154,7 +154,7 @@ def test_a_wrong_shape_is_named(tmp_path):
     state["layer4.3.binary_conv.weight"] = torch.zeros(32, 16, 3, 3)
     path = tmp_path / "file"
     write_checkpoint(path, state)
-    with pytest.raises(InputError, match=r"layer4.3.binary_conv.weight \(32, 16, 3, 3\) instead"):
+    with pytest.raises(UserError, match=r"layer4.3.binary_conv.weight \(32, 16, 3, 3\) instead"):
         load_network(path, binary_weights=True)
 
 
@@ -175,7 +175,7 @@ def test_released_layout_round_trip_is_bit_identical(tmp_path):
 def test_a_converted_file_that_tells_its_network_wrongly_is_one_sentence(tmp_path, network):
     path = tmp_path / "file"
     write_checkpoint(path, {"state_dict": tiny("reactnet_a").state_dict(), "network": network})
-    with pytest.raises(InputError, match="does not tell its network"):
+    with pytest.raises(UserError, match="does not tell its network"):
         load_network(path)
 
 
@@ -183,7 +183,7 @@ def test_a_converted_file_tells_its_network_even_where_the_source_could_not(tmp_
     source, converted = tmp_path / "source", tmp_path / "converted"
     write_checkpoint(source, released(tiny("reactnet_r18", small_images=True).state_dict()))
     loaded = load_network(source, binary_weights=True, small_images=True)
-    state = with_exact_weights(loaded.model).state_dict()
+    state = fold_scales(loaded.model).state_dict()
     write_checkpoint(converted, {"state_dict": state, **inference_content(loaded)})
     again = load_network(converted)
     assert again.options["small_images"] and again.checkpoint.epoch == 255

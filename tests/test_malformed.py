@@ -12,10 +12,10 @@ from malformed import drawn, mistakes, options, wrong_folders
 from scripts.check_data import main as check_data
 from step1.train import main as step1
 from step2.train import main as step2
-from utils.command_line import one_sentence
-from utils.config import parse_config
-from utils.errors import InputError
-from utils.shapes import draw_set
+from utils.run.command_line import one_sentence
+from utils.run.config import parse_config
+from utils.run.errors import UserError
+from utils.data.shapes import draw_set
 
 BASE = {**TINY, "epochs": 1, "data": "images", "save": "out", "init_from": "none"}
 
@@ -37,7 +37,7 @@ def test_a_malformed_configuration_is_read_or_refused_in_one_sentence(tmp_path_f
         for step in ("step1", "step2"):
             try:
                 parse_config(ROOT / step / "config.yaml", arguments)
-            except InputError as error:
+            except UserError as error:
                 assert one_sentence(error).isprintable()
             except SystemExit as exit:
                 assert exit.code == 0 and "--help" in arguments

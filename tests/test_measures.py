@@ -7,7 +7,7 @@ from torch import nn
 from models import MODELS, build_model
 from utils import measures
 from utils.binarize import Sign
-from utils.errors import InputError
+from utils.run.errors import UserError
 
 
 def layers(*rows):
@@ -72,7 +72,7 @@ def test_saturation_is_measured_where_each_sign_looks():
 
 
 def test_networks_without_binary_layers_say_so():
-    with pytest.raises(InputError, match="no layers with latent weights"):
+    with pytest.raises(UserError, match="no layers with latent weights"):
         measures.latent_weights(nn.Linear(2, 2))
-    with pytest.raises(InputError, match="no binary activations"):
+    with pytest.raises(UserError, match="no binary activations"):
         measures.saturation_by_layer(nn.Conv2d(3, 1, 1), torch.zeros(1, 3, 2, 2))

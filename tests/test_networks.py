@@ -8,7 +8,7 @@ from models import MODELS, build_model
 from models.resnet import LearnedScale
 from tests import golden
 from utils.binarize import Sign
-from utils.errors import InputError
+from utils.run.errors import UserError
 from utils.losses import soft_target_loss
 from utils.optim import build_optimizer
 
@@ -186,8 +186,8 @@ def test_width_multiplies_every_channel_count(width):
 
 
 def test_unusable_options_are_refused_in_one_sentence():
-    with pytest.raises(InputError, match="choose one of reactnet_a, reactnet_r18, bireal_r18"):
+    with pytest.raises(UserError, match="choose one of reactnet_a, reactnet_r18, bireal_r18"):
         build_model("reactnet_b")
     for name in MODELS:
-        with pytest.raises(InputError, match="leaves no channel"):
+        with pytest.raises(UserError, match="leaves no channel"):
             build_model(name, width=0.005)

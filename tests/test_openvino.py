@@ -12,10 +12,10 @@ from test_exact_and_packed import trained_like
 from torch import nn
 
 from models import MODELS, build_model
-from models.exact import binary_convolutions, with_exact_weights
-from models.openvino_check import LayerShape, computed_and_exact, kernels
-from models.openvino_graph import build_graph, thresholds
-from models.openvino_network import (
+from models.export.fold import binary_convolutions, fold_scales
+from models.export.openvino_selftest import LayerShape, self_test_layer, kernels
+from models.export.openvino_graph import build_graph, thresholds
+from models.export.openvino import (
     OpenVinoNetwork,
     _check,
     constants_path,
@@ -23,7 +23,7 @@ from models.openvino_network import (
     write_openvino,
 )
 from utils.binarize import Sign, shifted
-from utils.errors import InputError
+from utils.run.errors import UserError
 
 pytest.importorskip("openvino")
 openvino = load_engine()
@@ -34,7 +34,7 @@ TIE = 2e-5  # inputs of Sign nearer to 0 may have another sign in float32
 
 
 def assert_exact(shape: LayerShape, seed: int = 0) -> None:
-    computed, exact, used = computed_and_exact(openvino, shape, seed)
+    computed, exact, used = self_test_layer(openvino, shape, seed)
     assert computed.shape == exact.shape and (computed == exact).all(), (shape, seed)
     assert used and all(name.startswith("jit_") for name in used), used
 
@@ -81,7 +81,7 @@ def test_a_threshold_is_the_last_float_below_sign_s_turn():
 @torch.no_grad()
 def in_float64(model: nn.Module, images: torch.Tensor):
     """Logits, the sums of every binary convolution, and how near each image comes to a tie."""
-    exact = with_exact_weights(model)
+    exact = fold_scales(model)
     sums, nearest = {}, []
     for name, module in exact.named_modules():
         if isinstance(module, Sign):
@@ -161,7 +161,7 @@ def test_reactnet_a_is_written_below_8_2_megabytes(tmp_path):
 def test_real_weights_and_real_activations_are_refused(tmp_path):
     for option, what in (("binary_weights", "real weights"), ("binary_activations", "real act")):
         model = trained_like("reactnet_a", **{option: False})
-        with pytest.raises(InputError, match=what):
+        with pytest.raises(UserError, match=what):
             write_openvino(model, tmp_path / "network.xml", 32, 1, 32)
     assert not list(tmp_path.iterdir())
 
@@ -185,24 +185,24 @@ def test_a_damaged_foreign_or_incomplete_network_is_one_sentence(tmp_path):
     for damaged_graph, damaged_constants, words in damages:
         path.write_bytes(damaged_graph)
         constants_path(path).write_bytes(damaged_constants)
-        with pytest.raises(InputError, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             OpenVinoNetwork(path)
         assert "\n" not in str(caught.value)
     constants_path(path).unlink()
-    with pytest.raises(InputError, match=r"network\.bin beside it does not exist"):
+    with pytest.raises(UserError, match=r"network\.bin beside it does not exist"):
         OpenVinoNetwork(path)
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(InputError, match="pip install -r requirements-openvino"):
+    with pytest.raises(UserError, match="pip install -r requirements-openvino"):
         load_engine()
 
 
 @pytest.mark.parametrize("release", ["2026.3.0", "2026.3.1"])
 def test_releases_known_to_be_wrong_are_refused(monkeypatch, release):
     monkeypatch.setattr(openvino, "__version__", f"{release}-22476-759c5a6ab8c-releases/2026/3")
-    with pytest.raises(InputError, match=f"OpenVINO {release} computes binary convolutions wrong"):
+    with pytest.raises(UserError, match=f"OpenVINO {release} computes binary convolutions wrong"):
         load_engine()
 
 
@@ -218,7 +218,7 @@ def test_an_engine_found_to_be_wrong_is_refused(monkeypatch, untried, tmp_path):
     # What 2026.3.1 does: bits in another order than they are written.
     in_order = np.packbits
     monkeypatch.setattr(np, "packbits", lambda bits, bitorder: in_order(bits))
-    with pytest.raises(InputError, match=r"computes binary convolutions wrongly on this CPU \("):
+    with pytest.raises(UserError, match=r"computes binary convolutions wrongly on this CPU \("):
         write_openvino(trained_like("bireal_r18"), tmp_path / "network.xml", 32, None, 32)
     assert not list(tmp_path.iterdir())
 
@@ -228,11 +228,11 @@ def test_a_cpu_without_binary_kernels_is_refused(monkeypatch, untried, kernel):
     def tried(engine, shape):
         if kernel is None:
             raise RuntimeError("Exception from src/plugins: not implemented\nmore lines")
-        _, exact, _ = computed_and_exact(engine, shape)
+        _, exact, _ = self_test_layer(engine, shape)
         return exact, exact, {kernel}
 
-    monkeypatch.setattr("models.openvino_network.computed_and_exact", tried)
-    with pytest.raises(InputError, match="for this CPU: they need x86-64") as caught:
+    monkeypatch.setattr("models.export.openvino.self_test_layer", tried)
+    with pytest.raises(UserError, match="for this CPU: they need x86-64") as caught:
         load_engine()
     assert "\n" not in str(caught.value)
 
@@ -242,7 +242,7 @@ def test_held_to_avx2_the_layers_are_exact_too():
 from test_openvino import *
 for seed in range(8):
     test_any_layer_equals_integers(seed)
-print(*computed_and_exact(openvino, LayerShape(40, 24, 3, 2, 7, 5))[2])
+print(*self_test_layer(openvino, LayerShape(40, 24, 3, 2, 7, 5))[2])
 """
     run = subprocess.run(
         [sys.executable, "-c", program],

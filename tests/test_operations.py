@@ -5,7 +5,7 @@ from torch import nn
 
 from models import build_model
 from utils.binarize import BinaryConv2d, Sign
-from utils.operations import count_layers, total
+from scripts.count_ops import count_layers, total
 
 
 def test_reactnet_a_has_the_published_counts():

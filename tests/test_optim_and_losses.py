@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from models import build_model
-from utils.errors import InputError
+from utils.run.errors import UserError
 from utils.losses import batch_loss, soft_target_loss
 from utils.optim import build_optimizer, describe_groups, learning_rate, set_learning_rate
 
@@ -66,7 +66,7 @@ def test_other_optimizers_are_built_by_name_with_their_options():
     ],
 )
 def test_an_optimizer_that_does_not_fit_is_one_sentence(name, options, words):
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(UserError, match=words):
         build_optimizer(torch.nn.Conv2d(1, 1, 1), 0.1, 0.0, name=name, options=options)
 
 

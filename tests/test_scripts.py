@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CLASSES, VAL, launch, write_images
 
-from utils.checkpoint import BEST, NEWEST, read_checkpoint, write_released
+from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint, write_released
 
 COUNT = len(CLASSES) * VAL
 

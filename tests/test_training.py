@@ -10,8 +10,8 @@ import yaml
 from conftest import CLASSES, VAL, write_images
 
 from utils import engine
-from utils.checkpoint import BEST, NEWEST, PREVIOUS, kept
-from utils.config import FIELDS
+from utils.checkpoint.checkpoint import BEST, NEWEST, PREVIOUS, kept
+from utils.run.config import FIELDS
 
 
 def read(path: Path) -> dict:
@@ -307,31 +307,31 @@ def test_unknown_model(run_step):
 
 
 def test_batch_that_does_not_divide(run_step, monkeypatch, image_folder):
-    from utils.config import parse_config
+    from utils.run.config import parse_config
     from utils.data import open_images, train_loader
-    from utils.distributed import Process
-    from utils.errors import InputError
+    from utils.run.distributed import DistEnv
+    from utils.run.errors import UserError
 
     config = parse_config(
         Path("step1/config.yaml").absolute(), ["--data", str(image_folder), "--batch_size", "9"]
     )
-    process = Process(0, 0, 2, torch.device("cpu"))
-    with pytest.raises(InputError, match="batch_size 9 is the global batch and cannot be divided"):
+    process = DistEnv(0, 0, 2, torch.device("cpu"))
+    with pytest.raises(UserError, match="batch_size 9 is the global batch and cannot be divided"):
         images, _ = open_images(config, process)
         train_loader(images, config, process)
 
 
 def test_fewer_images_than_processes(image_folder):
-    from utils.config import parse_config
+    from utils.run.config import parse_config
     from utils.data import open_images, train_loader
-    from utils.distributed import Process
-    from utils.errors import InputError
+    from utils.run.distributed import DistEnv
+    from utils.run.errors import UserError
 
     arguments = ["--data", str(image_folder), "--train_per_class", "1", "--batch_size", "16"]
     config = parse_config(Path("step1/config.yaml").absolute(), arguments)
-    process = Process(0, 0, 4, torch.device("cpu"))
+    process = DistEnv(0, 0, 4, torch.device("cpu"))
     images, _ = open_images(config, process)
-    with pytest.raises(InputError, match="3 training images are fewer than the 4 processes"):
+    with pytest.raises(UserError, match="3 training images are fewer than the 4 processes"):
         train_loader(images, config, process)
 
 

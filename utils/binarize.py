@@ -1,13 +1,17 @@
 """Binarization: Sign with its straight-through estimators, and the scaled weight binarizer.
 
-Each autograd Function is the equation forward and the estimator's gradient backward; it keeps no
-more than its inputs, from which the backward pass computes the rest again.  `Sign`, `RPReLU` and
-`BinaryConv2d` are thin modules over them.  Sign maps 0 to +1 (the released code, through
-`torch.sign`, leaves it at 0), so its output has two values and no third.
+    Sign(x) = -1 if x < 0 else +1                 activations and latent weights (paper, Sec. 3)
+    RSign(x) = Sign(x + b)                        one threshold b per channel (ReActNet)
+    w_b[o] = mean|w[o]| * Sign(w[o])              weights of output channel o
+    RPReLU(x) = PReLU(x + b1) + b2                slope and shifts per channel (ReActNet)
 
-Under autocast Sign and the binary convolution give what the next operation wants, in the lower
-precision, where -1 and +1 are exact; the scale is applied to the convolution's output.  What is
-kept for the backward pass is kept in the lower precision as well.
+Each autograd Function computes the equation in `forward` and the estimator's gradient in
+`backward`, and saves only its inputs; `models/reference.py` composes the same from elementary
+operations.  Sign(0) is +1, so that there are exactly two values; the released code uses
+`torch.sign`, where it is 0.
+
+Under autocast, Sign and the binary convolution return the lower precision, in which -1 and +1 are
+exact; the scale mean|w| is then applied to the convolution's output.
 """
 
 import torch
@@ -15,84 +19,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from utils.errors import InputError
-
-
-def _lower_precision(x: Tensor) -> torch.dtype:
-    """What autocast computes convolutions of `x` in; its own dtype without autocast."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
-def _over(y: Tensor) -> Tensor | None:
-    """`out` of an operation on y that may be written over it."""
-    # torch 2.11 compiles a wrong gradient of a forward pass that writes over its own tensors.
-    return None if torch.compiler.is_compiling() else y
-
-
-def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = None) -> Tensor:
-    """1 where `compare`, torch.lt or torch.le, holds for x and `bound`, 0 elsewhere; x's dtype."""
-    if torch.compiler.is_compiling():
-        return compare(x, bound).to(dtype or x.dtype)
-    # Comparing straight into floats: on a CPU, ten times faster than through booleans.
-    return compare(x, bound, out=torch.empty_like(x, dtype=dtype))
-
-
-def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
-    negative = _ones_where(torch.lt, x, 0, dtype)
-    doubled = torch.mul(negative, -2, out=_over(negative))
-    return torch.add(doubled, 1, out=_over(doubled))
-
-
-def _scaled_sign(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """mean|w[o]| * Sign(w[o]), in `dtype`."""
-    return _sign(w, dtype) * channel_scale(w).to(dtype)
-
-
-def shifted(x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """x, or x + b with a shift per channel."""
-    return x if shift is None else x + shift
-
-
-def _to_shape_of(grad: Tensor, parameter: Tensor | None) -> Tensor | None:
-    """Gradient of a parameter that was broadcast to the shape of `grad`."""
-    return None if parameter is None else grad.sum_to_size(parameter.shape)
+from utils.run.errors import UserError
 
 
 class _SignSTE(torch.autograd.Function):
-    """y = Sign(x + b), b one shift per channel or None; subclasses give dy/dx := derivative."""
+    """y = Sign(x + b), b one threshold per channel or None;  dy/dx := `derivative` at x + b."""
 
     @staticmethod
     def forward(ctx, x: Tensor, shift: Tensor | None) -> Tensor:
-        ctx.dtype, dtype = x.dtype, _lower_precision(x)
+        ctx.dtype, dtype = x.dtype, _autocast_dtype(x)
         ctx.save_for_backward(x.to(dtype), shift)
-        return _sign(shifted(x, shift), dtype)
+        return _sign(add_shift(x, shift), dtype)
 
     @classmethod
     def _backward(cls, ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, shift = ctx.saved_tensors
-        grad = cls.derivative(shifted(x.to(ctx.dtype), shift)).mul_(grad)
-        return grad, _to_shape_of(grad, shift)
-
-
-class SignPolynomialSTE(_SignSTE):
-    """y = Sign(x + b);  dy/dx := 2 + 2a on [-1, 0),  2 - 2a on [0, 1),  0 elsewhere, a = x + b."""
-
-    @staticmethod
-    def derivative(a: Tensor) -> Tensor:
-        return a.abs().mul_(-2).add_(2).clamp_(min=0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return SignPolynomialSTE._backward(ctx, grad)
+        grad = cls.derivative(add_shift(x.to(ctx.dtype), shift)).mul_(grad)
+        return grad, _sum_to_shape_of(shift, grad)
 
 
 class SignClipSTE(_SignSTE):
-    """y = Sign(x + b);  dy/dx := 1 on -1 < a < 1,  0 elsewhere, a = x + b."""
+    """y = Sign(a);  dy/da := 1 on -1 < a < 1,  0 elsewhere.  The paper's equation."""
 
     @staticmethod
     def derivative(a: Tensor) -> Tensor:
@@ -104,31 +51,17 @@ class SignClipSTE(_SignSTE):
         return SignClipSTE._backward(ctx, grad)
 
 
-class RPReLUFunction(torch.autograd.Function):
-    """y = PReLU(x + b1) + b2, slope and shifts per channel; a shift may be None.
-
-    With a = x + b1:  dy/dx = 1 where a > 0, else slope;  dy/dslope = min(a, 0).
-    """
+class SignPolynomialSTE(_SignSTE):
+    """y = Sign(a);  dy/da := 2 + 2a on [-1, 0),  2 - 2a on [0, 1),  0 elsewhere.  Bi-Real Net's."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, before: Tensor | None, slope: Tensor, after: Tensor | None):
-        ctx.dtype = x.dtype
-        ctx.save_for_backward(x.to(_lower_precision(x)), before, slope, after)
-        with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
-            y = F.prelu(shifted(x, before).to(slope.dtype), slope)
-        return y if after is None else torch.add(y, after, out=_over(y))
+    def derivative(a: Tensor) -> Tensor:
+        return a.abs().mul_(-2).add_(2).clamp_(min=0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, before, slope, after = ctx.saved_tensors
-        a = shifted(x, before).to(slope.dtype)
-        of_negative = grad * _ones_where(torch.le, a, 0)
-        grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
-        slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
-        grad_x = torch.addcmul(grad, of_negative, slope_less_1)
-        grad_before, grad_after = _to_shape_of(grad_x, before), _to_shape_of(grad, after)
-        return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        return SignPolynomialSTE._backward(ctx, grad)
 
 
 class ScaledSignClipSTE(torch.autograd.Function):
@@ -147,7 +80,7 @@ class ScaledSignClipSTE(torch.autograd.Function):
 
 
 class BinaryConvolution(torch.autograd.Function):
-    """y = x * w_b, a convolution with w_b[o] = mean|w[o]| * Sign(w[o]);  dL/dw as above.
+    """y = x * w_b, the convolution with w_b[o] = mean|w[o]| * Sign(w[o]);  dL/dw as above.
 
     In a lower precision y = (x * Sign(w)) times mean|w|, so that only the output is rounded.
     """
@@ -155,13 +88,13 @@ class BinaryConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, stride, padding, dilation, groups: int) -> Tensor:
         ctx.geometry = (stride, padding, dilation, groups)
-        dtype = _lower_precision(x)
+        dtype = _autocast_dtype(x)
         x = x.to(dtype)
         ctx.save_for_backward(x, w)
         if dtype == w.dtype:
             return F.conv2d(x, _scaled_sign(w, dtype), None, *ctx.geometry)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
-        return torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_over(y)).to(dtype)
+        return torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y)).to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -178,14 +111,31 @@ class BinaryConvolution(torch.autograd.Function):
         return grad_x, grad_w, None, None, None, None
 
 
-def sign_polynomial(x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Sign with the polynomial STE of Bi-Real Net, the activation gradient of the released code.
+class RPReLUFunction(torch.autograd.Function):
+    """y = PReLU(a) + b2 with a = x + b1, slope and shifts per channel; a shift may be None.
 
-    >>> x = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], requires_grad=True)
-    >>> y = sign_polynomial(x); y.sum().backward(); y.tolist(), x.grad.tolist()
-    ([-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 1.0, 0.0])
+    dy/dx = 1 where a > 0, else slope;  dy/dslope = min(a, 0).
     """
-    return SignPolynomialSTE.apply(x, shift)
+
+    @staticmethod
+    def forward(ctx, x: Tensor, before: Tensor | None, slope: Tensor, after: Tensor | None):
+        ctx.dtype = x.dtype
+        ctx.save_for_backward(x.to(_autocast_dtype(x)), before, slope, after)
+        with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
+            y = F.prelu(add_shift(x, before).to(slope.dtype), slope)
+        return y if after is None else torch.add(y, after, out=_overwrite(y))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, before, slope, after = ctx.saved_tensors
+        a = add_shift(x, before).to(slope.dtype)
+        of_negative = grad * _ones_where(torch.le, a, 0)
+        grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
+        slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
+        grad_x = torch.addcmul(grad, of_negative, slope_less_1)
+        grad_before, grad_after = _sum_to_shape_of(before, grad_x), _sum_to_shape_of(after, grad)
+        return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after
 
 
 def sign_clip(x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -198,14 +148,14 @@ def sign_clip(x: Tensor, shift: Tensor | None = None) -> Tensor:
     return SignClipSTE.apply(x, shift)
 
 
-def channel_scale(w: Tensor) -> Tensor:
-    """Mean |w| over each output channel: (O, I, kH, kW) -> (O, 1, 1, 1)."""
-    return w.abs().mean(dim=(1, 2, 3), keepdim=True)
+def sign_polynomial(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Sign with the polynomial STE of Bi-Real Net, the activation gradient of the released code.
 
-
-def is_binary(x: Tensor) -> bool:
-    """Every value is exactly -1 or +1."""
-    return bool((x.abs() == 1).all())
+    >>> x = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], requires_grad=True)
+    >>> y = sign_polynomial(x); y.sum().backward(); y.tolist(), x.grad.tolist()
+    ([-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 1.0, 0.0])
+    """
+    return SignPolynomialSTE.apply(x, shift)
 
 
 def binarize_weight(w: Tensor) -> Tensor:
@@ -218,17 +168,29 @@ def binarize_weight(w: Tensor) -> Tensor:
     return ScaledSignClipSTE.apply(w)
 
 
+def channel_scale(w: Tensor) -> Tensor:
+    """Mean |w| of each output channel: (O, I, kH, kW) -> (O, 1, 1, 1)."""
+    return w.abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
 ACTIVATION_STES = {"polynomial": sign_polynomial, "clip": sign_clip}
 LATENT_INITS = ("positive", "symmetric")
 
 
 class Sign(nn.Module):
-    """Sign(x), or RSign(x) = Sign(x + b) with a shift per channel; `ste` "polynomial" or "clip"."""
+    """Sign(x), or RSign(x) = Sign(x + b) with a threshold per channel.
+
+    Args:
+        ste: gradient of Sign, a key of `ACTIVATION_STES`.
+
+    Raises:
+        UserError: an unknown `ste`.
+    """
 
     def __init__(self, ste: str = "polynomial"):
         super().__init__()
         if ste not in ACTIVATION_STES:
-            raise InputError(
+            raise UserError(
                 f"unknown activation_ste {ste!r}: choose one of {', '.join(ACTIVATION_STES)}"
             )
         self.ste = ste
@@ -250,19 +212,23 @@ class RPReLU(nn.PReLU):
 
 
 class LatentConv2d(nn.Conv2d):
-    """A convolution whose weights are binary in the end, and are still used as real ones."""
+    """A convolution whose weights will be binary in step 2 and are real-valued in step 1."""
 
 
 class BinaryConv2d(LatentConv2d):
     """A convolution whose `weight` holds the latent weights and convolves their binarized form.
 
-    `latent_init` is "positive", `rand * 0.001` as in the released code (so that training from
-    scratch starts with every sign at +1), or "symmetric", the default init of `nn.Conv2d`.
+    Args:
+        latent_init: "positive", `rand * 0.001` as in the released code (training from scratch then
+            starts with every sign at +1), or "symmetric", the default init of `nn.Conv2d`.
+
+    Raises:
+        UserError: an unknown `latent_init`.
     """
 
     def __init__(self, *args, latent_init: str = "positive", **kwargs):
         if latent_init not in LATENT_INITS:
-            raise InputError(
+            raise UserError(
                 f"unknown latent_init {latent_init!r}: choose one of {', '.join(LATENT_INITS)}"
             )
         self.latent_init = latent_init
@@ -276,3 +242,54 @@ class BinaryConv2d(LatentConv2d):
     def forward(self, x: Tensor) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return BinaryConvolution.apply(x, self.weight, *geometry)
+
+
+# Helpers
+
+
+def add_shift(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """x, or x + b with a shift per channel."""
+    return x if shift is None else x + shift
+
+
+def is_binary(x: Tensor) -> bool:
+    """Whether every value is exactly -1 or +1."""
+    return bool((x.abs() == 1).all())
+
+
+def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
+    negative = _ones_where(torch.lt, x, 0, dtype)
+    doubled = torch.mul(negative, -2, out=_overwrite(negative))
+    return torch.add(doubled, 1, out=_overwrite(doubled))
+
+
+def _scaled_sign(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return _sign(w, dtype) * channel_scale(w).to(dtype)
+
+
+def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = None) -> Tensor:
+    """1 where `compare`, torch.lt or torch.le, holds for x and `bound`, 0 elsewhere; x's dtype."""
+    if torch.compiler.is_compiling():
+        return compare(x, bound).to(dtype or x.dtype)
+    # Comparing straight into floats: on a CPU, ten times faster than through booleans.
+    return compare(x, bound, out=torch.empty_like(x, dtype=dtype))
+
+
+def _overwrite(y: Tensor) -> Tensor | None:
+    """`out` of an operation on y that may write over it."""
+    # torch 2.11 compiles a wrong gradient of a forward pass that writes over its own tensors.
+    return None if torch.compiler.is_compiling() else y
+
+
+def _sum_to_shape_of(parameter: Tensor | None, grad: Tensor) -> Tensor | None:
+    """Gradient of a parameter that was broadcast to the shape of `grad`."""
+    return None if parameter is None else grad.sum_to_size(parameter.shape)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """What autocast computes convolutions of `x` in; its own dtype without autocast."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils.command_line import EXIT_CODE, STOPPED_EXIT_CODE
+from utils.run.command_line import EXIT_CODE, PREEMPTED_EXIT_CODE
 
 RESTARTS = "3"
 DEFAULTS = {
@@ -28,7 +28,7 @@ DEFAULTS = {
 }
 FINAL = (
     EXIT_CODE,
-    STOPPED_EXIT_CODE,
+    PREEMPTED_EXIT_CODE,
 )  # the user's mistake, which a restart would repeat, and a request to stop
 
 
@@ -89,7 +89,7 @@ def run_once(script_and_options: Sequence[str]) -> int:
         run(parse_args(script_and_options))
         return 0
     except SignalException:
-        return STOPPED_EXIT_CODE
+        return PREEMPTED_EXIT_CODE
     except ChildFailedError as error:
         # The process has already said what was wrong; torchrun's traceback would bury it.
         return error.get_first_failure()[1].exitcode

@@ -14,18 +14,18 @@ def soft_target_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return -(teacher_logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
 
 
-def in_full_precision(logits: Tensor) -> Tensor:
-    """Logits of autocast in float32, others as they are."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-
 def batch_loss(
     logits: Tensor, images: Tensor, labels: Tensor, teacher: nn.Module | None, smoothing: float
 ) -> Tensor:
     """Mean loss of (N, classes) logits: soft targets of the teacher, else the (N,) labels."""
-    logits = in_full_precision(logits)
+    logits = at_least_float32(logits)
     if teacher is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     with torch.no_grad():
-        teacher_logits = in_full_precision(teacher(images))
+        teacher_logits = at_least_float32(teacher(images))
     return soft_target_loss(logits, teacher_logits)
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Logits of autocast in float32, others as they are."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

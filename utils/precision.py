@@ -21,13 +21,12 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def place(model: nn.Module | None, device: torch.device, channels_last: bool) -> nn.Module | None:
+def place(model: nn.Module, config, device: torch.device) -> nn.Module:
     """Move a network in place; its inputs then take its memory layout by themselves."""
-    if model is None:
-        return None
-    return model.to(device, memory_format=torch.channels_last if channels_last else None)
+    layout = torch.channels_last if config.channels_last else torch.preserve_format
+    return model.to(device, memory_format=layout)
 
 
-def compiled(model: nn.Module | None, wanted: bool) -> nn.Module | None:
+def compiled(model: nn.Module, config) -> nn.Module:
     """`model` with its passes compiled by torch.compile, or itself; parameters are shared."""
-    return torch.compile(model) if wanted and model is not None else model
+    return torch.compile(model) if config.compile else model

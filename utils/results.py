@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from utils.command_line import Parser
-from utils.errors import InputError
-from utils.files import write_whole
+from utils.checkpoint.files import atomic_write
+from utils.run.command_line import Parser
+from utils.run.errors import UserError
 
 RESULTS, TABLE = "results.json", "table.md"
 
@@ -34,10 +34,10 @@ def measure_and_draw(
     """Write what `measured` gives, unless it is only to be redrawn; print the table.
 
     Raises:
-        InputError: no such folder, or results to be redrawn that are missing or damaged.
+        UserError: no such folder, or results to be redrawn that are missing or damaged.
     """
     if not arguments.output.is_dir():
-        raise InputError(f"there is no folder {arguments.output}: make it first")
+        raise UserError(f"there is no folder {arguments.output}: make it first")
     path = arguments.output / RESULTS
     if not arguments.redraw:
         _write_text(path, json.dumps(measured(arguments), indent=1) + "\n")
@@ -45,16 +45,16 @@ def measure_and_draw(
         results = json.loads(path.read_text())
         table, figure = as_table(results), drawn(results)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is missing or damaged: leave --redraw out") from error
+        raise UserError(f"{path} is missing or damaged: leave --redraw out") from error
     _write_text(arguments.output / TABLE, table)
-    write_whole(
+    atomic_write(
         arguments.output / picture, lambda file: figure.savefig(file, format="png", dpi=120)
     )
     print(table)
 
 
 def _write_text(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def processor() -> str:

@@ -1,0 +1,1 @@
+"""Trained networks as exact +-1 weights, ONNX or OpenVINO.  No training imports this."""

@@ -1,0 +1,85 @@
+"""ONNX: write a network, and run a written one with onnxruntime as if it were a module."""
+
+import contextlib
+import io
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from models.export.exported import INPUT, OUTPUT, VAL_RESIZE, ExportedNetwork
+from models.export.fold import to_plain_convs
+from utils.checkpoint.files import atomic_write
+from utils.run.errors import UserError
+
+SUFFIX = ".onnx"
+
+
+def _onnxruntime():
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"ONNX files need the package {error.name}:"
+            " python -m pip install -r requirements-export.txt"
+        ) from error
+    return onnxruntime
+
+
+def write_onnx(
+    model: nn.Module, path: Path, image_size: int, batch: int | None, val_resize: int
+) -> None:
+    """Export `model` in eval mode, weights as plain convolutions: images (N, 3, S, S) -> logits.
+
+    Args:
+        batch: N; None leaves it dynamic.
+        val_resize: shorter side of validation images before the central crop, kept as metadata.
+    """
+    _onnxruntime()
+    # Two images, because the exporter takes a dimension of 1 for a constant.
+    example = torch.zeros(batch or 2, 3, image_size, image_size)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its stages there
+        program = torch.onnx.export(
+            to_plain_convs(model),
+            (example,),
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+            dynamo=True,
+        )
+    network = program.model_proto
+    network.metadata_props.add(key=VAL_RESIZE, value=str(val_resize))
+    atomic_write(path, lambda file: file.write(network.SerializeToString()))
+
+
+class OnnxNetwork(ExportedNetwork):
+    """(N, 3, S, S) images -> (N, classes) logits, computed by onnxruntime.
+
+    Raises:
+        UserError: the file is no ONNX network of one image input, or a package is missing.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+        runtime = _onnxruntime()
+        try:
+            self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            (self.input,) = self.session.get_inputs()
+            batch, _, self.image_size, _ = self.input.shape
+            self.batch = batch if isinstance(batch, int) else None
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.val_resize = int(metadata.get(VAL_RESIZE, self.image_size))
+        except Exception as error:  # onnxruntime raises types of its own for each kind of damage
+            raise UserError(
+                f"{path} is not an ONNX network of images, or a damaged one"
+                f" ({type(error).__name__}): convert it again"
+            ) from error
+
+    def run(self, pixels: np.ndarray) -> np.ndarray:
+        return self.session.run(None, {self.input.name: pixels})[0]

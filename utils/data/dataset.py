@@ -1,0 +1,195 @@
+"""Image data sets whose augmentation is a function of (seed, epoch, image index) alone.
+
+So a batch is the same for any number of loading workers and, taken together, of processes, and a
+run that goes on needs no state of a loader.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision.datasets import CIFAR10
+
+from utils.data.decode import CroppedImage, nvimagecodec, undecodable, whole_image
+from utils.data.image_folder import ImageFolder, is_folder
+from utils.data.shapes import write_shapes
+from utils.data.transforms import TrainTransform, ValTransform, normalize_batch
+from utils.run.command_line import printable
+from utils.run.config import Config
+from utils.run.distributed import DistEnv, local_rank0_first
+from utils.run.errors import UserError
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One well-mixed 64-bit seed from several non-negative integers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+class SeededDataset(Dataset):
+    """Item (epoch, index) is image `index`, augmented as a function of (seed, epoch, index).
+
+    An item is (bytes (S, S, 3), channel shifts (3,), label).
+
+    Args:
+        images: a torchvision data set giving (image, label).
+        transform: as `TrainTransform`; its randomness may come from torch's generator only.
+        per_class: only the first so many images of each class; None takes all.
+        skip: so many images may be unreadable; each is replaced by the next one that is not.
+    """
+
+    def __init__(
+        self,
+        images: ImageFolder | CIFAR10,
+        transform,
+        seed: int = 0,
+        per_class: int | None = None,
+        skip: int = 0,
+    ):
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.classes: list[str] = images.classes
+        self.chosen = _first_of_each_class(images.targets, per_class)
+        self.skip = skip
+        # Shared with the loading workers, so that each image counts once.
+        self.unreadable = torch.zeros(len(self.chosen), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, int]:
+        epoch, index = key
+        seed = mixed_seed(self.seed, epoch, index)
+        while True:
+            try:
+                return self._augmented(self.chosen[index], seed)
+            except UserError as error:
+                if self.skip == 0:
+                    raise
+                self._count_unreadable(index, error)
+            index = (index + 1) % len(self)
+
+    def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
+        """Images of epoch 0 as the network takes them, (n, 3, S, S), and their labels (n,)."""
+        pixels, shifts, labels = default_collate([self[0, index] for index in indices])
+        return normalize_batch(pixels, shifts), labels
+
+    def _augmented(self, index: int, seed: int) -> tuple[Tensor, Tensor, int]:
+        image, label = self._opened(index)
+        # Without workers this runs in the training process, whose generator must not move.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            return *self.transform(image), label
+
+    def _count_unreadable(self, index: int, error: UserError) -> None:
+        if self.unreadable[index]:
+            return
+        self.unreadable[index] = True
+        count = int(self.unreadable.sum())
+        if count > self.skip:
+            raise UserError(
+                f"{count} images are unreadable and skip_unreadable is {self.skip}: {error}"
+            )
+        warning = printable(f"warning: {error}; replaced, {count} of {self.skip}")
+        print(warning, file=sys.stderr, flush=True)
+
+    def _opened(self, index: int) -> tuple[Image.Image | CroppedImage, int]:
+        try:
+            return self.images[index]
+        except Exception as error:  # PIL raises many types for a file it cannot decode
+            where = getattr(self.images, "samples", {index: (index,)})[index][0]
+            raise undecodable(where, error) from error
+
+
+def _first_of_each_class(labels: Sequence[int], count: int | None) -> Sequence[int]:
+    """Indices, in order, of the first `count` images of each class; all of them for None."""
+    if count is None:
+        return range(len(labels))
+    seen = Counter()
+    chosen = []
+    for index, label in enumerate(labels):
+        if seen[label] < count:
+            seen[label] += 1
+            chosen.append(index)
+    return chosen
+
+
+def require_same_classes(data: str, train: "SeededDataset", val: "SeededDataset") -> None:
+    """Raise UserError unless both splits have the same class folders."""
+    if train.classes != val.classes:
+        raise UserError(
+            f"{data}: {len(train.classes)} classes to train on, {len(val.classes)} to validate on,"
+            " and they must be the same;"
+            f" only in one: {', '.join(sorted({*train.classes} ^ {*val.classes})[:3])}"
+        )
+
+
+def open_train_images(config: Config, dist: DistEnv) -> SeededDataset:
+    """The training images alone."""
+    return SeededDataset(
+        _open_split(config, dist, True),
+        TrainTransform(config),
+        config.seed,
+        config.train_per_class,
+        config.skip_unreadable,
+    )
+
+
+def open_val_images(config: Config, dist: DistEnv) -> SeededDataset:
+    """The validation images alone."""
+    images = _open_split(config, dist, False)
+    return SeededDataset(images, ValTransform(config), per_class=config.val_per_class)
+
+
+def _open_split(config: Config, dist: DistEnv, train: bool) -> ImageFolder | CIFAR10:
+    with local_rank0_first(dist):
+        if config.data == "cifar10":
+            return _cifar10(config, train)
+        folder = Path(config.data)
+        if config.data == "shapes":
+            folder = Path(config.cache_dir) / "shapes"
+            _draw_shapes(folder)
+        if train:
+            return _image_folder(folder, "train", _reader(config.decoder))
+        return _image_folder(folder, config.val_dir, whole_image)
+
+
+def _reader(decoder: str) -> Callable[[str], Image.Image | CroppedImage]:
+    if decoder == "pil":
+        return whole_image
+    nvimagecodec()  # so that a missing package is told before training
+    return CroppedImage
+
+
+def _image_folder(folder: Path, split: str, read: Callable) -> ImageFolder:
+    root = folder / split
+    if not is_folder(root):
+        raise UserError(
+            f"data folder {root} does not exist: pass --data with the folder that holds"
+            f" train/<class>/ and {split if split != 'train' else 'val'}/<class>/,"
+            " or --data shapes for the built-in images"
+        )
+    return ImageFolder(root, loader=read)
+
+
+def _cifar10(config: Config, train: bool) -> CIFAR10:
+    try:
+        return CIFAR10(config.cache_dir, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot get CIFAR-10 into {config.cache_dir}: {error}") from error
+
+
+def _draw_shapes(folder: Path) -> None:
+    try:
+        write_shapes(folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot write the built-in images to {folder} ({error.strerror}):"
+            " pass --cache_dir with a folder that can be written"
+        ) from error

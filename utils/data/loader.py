@@ -1,0 +1,198 @@
+"""Loaders: which images make a batch, and their way to the device."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from utils.data.dataset import (
+    SeededDataset,
+    mixed_seed,
+    open_train_images,
+    open_val_images,
+    require_same_classes,
+)
+from utils.data.transforms import normalize_batch
+from utils.run.config import Config
+from utils.run.distributed import DistEnv
+from utils.run.errors import UserError
+
+Key = tuple[int, int]  # epoch and image index, of a SeededDataset
+
+
+def build_loaders(config: Config, dist: DistEnv) -> tuple["PrefetchLoader", "PrefetchLoader"]:
+    """The training and the validation batches of this process.
+
+    Raises:
+        UserError: a missing or empty folder, classes that differ, a failed download, or a batch
+            that cannot be divided over the processes.
+    """
+    train, val = open_train_images(config, dist), open_val_images(config, dist)
+    require_same_classes(config.data, train, val)
+    return train_loader(train, config, dist), val_loader(val, config, dist)
+
+
+def train_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "PrefetchLoader":
+    """Batches for training; the global batch is `config.batch_size`.
+
+    Raises:
+        UserError: the global batch cannot be divided over the processes, or there are fewer images
+            than processes.
+    """
+    if config.batch_size % dist.world_size:
+        raise UserError(
+            f"batch_size {config.batch_size} is the global batch and cannot be divided over"
+            f" {dist.world_size} processes: choose a multiple of {dist.world_size}"
+        )
+    sampler = EpochBatchSampler(
+        len(images), config.batch_size, config.seed, dist.rank, dist.world_size
+    )
+    if len(sampler) == 0:
+        raise UserError(
+            f"{len(images)} training images are fewer than the {dist.world_size} processes that"
+            " share them: start fewer processes"
+        )
+    return PrefetchLoader(images, sampler, config.workers, dist.device)
+
+
+def val_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "PrefetchLoader":
+    """This process's validation batches, each of `config.batch_size` images but the last."""
+    batches = val_batches(len(images), config.batch_size, dist.rank, dist.world_size)
+    return PrefetchLoader(images, batches, config.workers, dist.device)
+
+
+class EpochBatchSampler(Sampler[list[Key]]):
+    """One process's share of each batch of a permutation drawn from (seed, epoch).
+
+    The shares of all processes, in rank order, are the batch one process alone would see.  The
+    last batch keeps what is left over, as released; when that is less than one image for each
+    process it is left out.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int):
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Let the next iteration give the batches of `epoch` from `start_batch` on.
+
+        The order is drawn anew, so the position of a run that goes on is that one number.
+        """
+        self.epoch = epoch
+        self.start_batch = start_batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch."""
+        whole, rest = divmod(self.length, self.batch_size)
+        return whole + (rest >= self.world_size)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for batch in self.global_batches()[self.start_batch : len(self)]:
+            share = batch.tensor_split(self.world_size)[self.rank]
+            yield [(self.epoch, index) for index in share.tolist()]
+
+    def global_batches(self) -> tuple[Tensor, ...]:
+        """The epoch's batches over all processes: image indices, `batch_size` in each."""
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch))
+        return torch.randperm(self.length, generator=generator).split(self.batch_size)
+
+
+def val_batches(length: int, batch_size: int, rank: int, world_size: int) -> list[list[Key]]:
+    """Whole batches dealt out in turn: each image once, and no batch depends on `world_size`."""
+    batches = torch.arange(length).split(batch_size)[rank::world_size]
+    return [[(0, index) for index in batch.tolist()] for batch in batches]
+
+
+class PrefetchLoader:
+    """Batches of a data set as (n, 3, S, S) network inputs and (n,) labels on the device.
+
+    On a GPU each is copied and normalised on a stream of its own while the one before is computed.
+    """
+
+    def __init__(
+        self,
+        dataset: SeededDataset,
+        sampler: EpochBatchSampler | Sequence[list[Key]],
+        workers: int,
+        device: torch.device,
+    ):
+        self.dataset = dataset
+        self.sampler = sampler
+        self.device = device
+        # More workers than cores only wait for each other, and no result depends on their number.
+        workers = min(workers, usable_cores())
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=worker_init,
+            # Its own generator: the loader draws a seed for its workers, which nothing here uses.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        self.sampler.set_epoch(epoch, start_batch)
+
+    def image_indices(self, batch: int) -> list[int]:
+        """Which images are in a training batch of this epoch, over all processes."""
+        return self.sampler.global_batches()[batch].tolist()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.device.type != "cuda":
+            for pixels, shifts, labels in self.loader:
+                yield normalize_batch(pixels, shifts), labels
+            return
+        copying = torch.cuda.Stream(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        ready = None
+        for batch in self.loader:
+            with torch.cuda.stream(copying):
+                pixels, shifts, labels = (part.to(self.device, non_blocking=True) for part in batch)
+                coming = normalize_batch(pixels, shifts), labels
+            if ready is not None:
+                yield ready
+            computing.wait_stream(copying)
+            for part in coming:
+                part.record_stream(computing)
+            ready = coming
+        if ready is not None:
+            yield ready
+
+
+def worker_init(worker: int) -> None:
+    """Let a loading worker live as long as its training process, which is the one to get signals.
+
+    A scheduler sends SIGTERM to all processes; a worker must still load the batch that the training
+    process finishes before it leaves.  From that process itself, SIGTERM ends the worker.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # elsewhere than on Linux SIGTERM ends workers as well
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)
+
+
+def usable_cores() -> int:
+    """Those a scheduler left to this process, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,101 @@
+"""Command-line programs: parsing, tables, and one sentence and exit code for each kind of end."""
+
+import argparse
+import functools
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from utils.run.errors import NonFiniteError, OutOfMemory, PeerLost, Preempted, UserError
+
+EXIT_CODE = 2
+PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
+_OTHER_RANKS_WAIT_SECONDS = 10.0
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Make `main` end with `error: ...` on stderr and an exit code, and without a traceback.
+
+    A user's mistake, a value that is not finite and too little memory end with code 2; a preempted
+    run with 75 and one that lost its peers with 1, both of which can go on.
+    """
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except (UserError, NonFiniteError, OutOfMemory) as error:
+            # Every rank meets the same mistake; rank 0 says it, then torchrun stops the others.
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(_OTHER_RANKS_WAIT_SECONDS)
+            print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_CODE)
+        except PeerLost as error:
+            sys.exit(f"error: {error}")
+        except Preempted:
+            sys.exit(PREEMPTED_EXIT_CODE)
+        except KeyboardInterrupt:
+            sys.exit("interrupted")
+
+    return run
+
+
+def one_sentence(error: Exception) -> str:
+    """The message alone, also where a DataLoader worker wrapped it in its traceback."""
+    return printable(str(error).strip().rsplit(f"{UserError.__name__}: ", 1)[-1])
+
+
+def printable(text: str) -> str:
+    """`text` on one line that can be encoded: file names may hold any bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up in a terminal; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    return "\n".join(
+        "| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in (rows[0], rule, *rows[1:])
+    )
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises `UserError`; the description keeps its lines."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        # argparse of Python 3.11 takes -1e-4 for an option: its pattern knows no exponents.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists the options")
+
+
+def boolean(text: str) -> bool:
+    """Argument type of `true` and `false`."""
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text == "true"
+
+
+def positive(text: str) -> int:
+    """Argument type of whole numbers above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def add_network_options(parser: Parser) -> None:
+    """Options of the network that a file does not always tell."""
+    parser.add_argument(
+        "--binary_weights",
+        type=boolean,
+        help="true for step 2, false for step 1, where the file does not tell",
+    )
+    parser.add_argument("--small_images", type=boolean, help="where the file does not tell")

@@ -1,0 +1,388 @@
+"""The configuration of a run: a YAML file, overridden on the command line, checked field by field.
+
+Relative paths in a YAML file count from the file's own folder, those on the command line from
+where the command is given.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import operator
+import os
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from utils.binarize import ACTIVATION_STES, LATENT_INITS
+from utils.data.decode import DECODERS
+from utils.optim import DECAY_GROUPS, SCHEDULES
+from utils.precision import PRECISIONS
+from utils.run.command_line import Parser
+from utils.run.errors import UserError
+
+BUILTIN_DATA = ("shapes", "cifar10")
+LIGHTINGS = ("released", "textbook", "none")
+RESIZES = ("pil", "torch")
+BOUNDS = {
+    "minimum": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "maximum": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def _option(help_text: str, default: Any = dataclasses.MISSING, **metadata: Any):
+    """A field of the configuration.
+
+    Args:
+        metadata: its range (`choices` and the keys of `BOUNDS`); `path`, which of its values are
+            file paths; `place`, whether it only says where things lie or how a run is kept, so
+            that the run may be continued with another value.
+    """
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+def _always(value: str) -> bool:
+    return True
+
+
+def _names_folder(data: str) -> bool:
+    return data not in BUILTIN_DATA
+
+
+def _names_file(teacher: str) -> bool:
+    return os.sep in teacher or "." in teacher  # no torchvision network has either in its name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a training run.  Those without a default are the recipe of `config.yaml`."""
+
+    # Data
+    data: str = _option(
+        "folder with train/<class>/ and val/<class>/, or shapes (drawn here), or cifar10",
+        path=_names_folder,
+        place=True,
+    )
+    val_dir: str = _option("name of the validation folder inside data", "val", place=True)
+    cache_dir: str = _option("where shapes and cifar10 are kept", path=_always, place=True)
+    workers: int = _option(
+        "image loading processes of each training process", minimum=0, place=True
+    )
+    train_per_class: int | None = _option(
+        "train on the first so many images of each class, or none for all", None, minimum=1
+    )
+    val_per_class: int | None = _option("the same for validation", None, minimum=1)
+    skip_unreadable: int = _option(
+        "training images that may be unreadable, each replaced by the next one",
+        0,
+        minimum=0,
+        place=True,
+    )
+    image_size: int = _option("pixels, height and width", 224, minimum=1)
+    val_resize: int = _option("shorter side before the central crop", 256, minimum=1)
+    crop_scale: float = _option("smallest area of a random crop", 0.08, above=0, maximum=1)
+    lighting: str = _option("colour noise", "released", choices=LIGHTINGS)
+
+    # Network
+    model: str = _option("name of a network in models/")
+    binary_activations: bool = _option("Sign before each binary convolution")
+    binary_weights: bool = _option("mean|w| * Sign(w) in each binary convolution")
+    activation_ste: str | None = _option(
+        "gradient of Sign; none for the network's own", None, choices=tuple(ACTIVATION_STES)
+    )
+    latent_init: str = _option("latent weights from scratch", "positive", choices=LATENT_INITS)
+    width: float = _option("multiplies every channel count", 1.0, above=0)
+    small_images: bool = _option("fewer strides, for 32-pixel images", False)
+    init_from: str | None = _option(
+        "checkpoint the weights start from, or none", path=_always, place=True
+    )
+
+    # Loss
+    teacher: str | None = _option(
+        "torchvision network, checkpoint trained here, or none (labels)", path=_names_file
+    )
+    teacher_checkpoint: str | None = _option(
+        "weights of the torchvision teacher, where it cannot be downloaded",
+        None,
+        path=_always,
+        place=True,
+    )
+    label_smoothing: float = _option("of the loss on labels", 0.0, minimum=0, below=1)
+
+    # Optimization
+    epochs: int = _option("length of the run", minimum=1)
+    batch_size: int = _option("global batch, divided over the processes", minimum=1)
+    learning_rate: float = _option("base rate", above=0)
+    weight_decay: float = _option("coupled L2 of the decay group")
+    optimizer: str = _option("name in torch.optim", "Adam")
+    optimizer_options: dict | None = _option("as in {momentum: 0.9}", None)  # noqa: RUF009
+    decay_group: str = _option(
+        "what decays; released takes in the shifts",
+        "released",
+        choices=tuple(DECAY_GROUPS),
+    )
+    schedule: str = _option(
+        "linear decay; released runs one epoch ahead", "released", choices=tuple(SCHEDULES)
+    )
+
+    accumulate: int = _option("parts a batch is computed in, BN statistics of each", 1, minimum=1)
+
+    # Speed
+    decoder: str = _option(
+        "of training images, pixels the same; nvimagecodec decodes only the crop of a JPEG",
+        "pil",
+        choices=DECODERS,
+        place=True,
+    )
+    resize: str = _option(
+        "of training crops, pil as released; torch is faster, a byte may differ by 2",
+        "pil",
+        choices=RESIZES,
+    )
+    precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
+    compile: bool = _option("torch.compile the network and its teacher", False)
+    channels_last: bool = _option("memory layout of convolutions", False)
+
+    # Run
+    save: str = _option(
+        "folder for checkpoints, logs and the resolved configuration", path=_always, place=True
+    )
+    keep_epochs: list | None = _option(  # noqa: RUF009
+        "epochs, counted from 0, whose checkpoints are kept besides: [0, 9]", None, place=True
+    )
+    checkpoint_minutes: float = _option(
+        "time between checkpoints within an epoch; 0 for one after each iteration",
+        15.0,
+        minimum=0,
+        place=True,
+    )
+    seed: int = _option(
+        "of initialisation, order and augmentation", 0, minimum=0, maximum=2**63 - 1
+    )
+    live_measures: bool = _option("FF, C2I, saturation, CAM and SDAM in each epoch's record", True)
+    sync_bn: bool = _option("BN statistics over all processes instead of each one's", False)
+
+    def __post_init__(self):
+        if self.val_resize < self.image_size:
+            raise UserError(
+                f"val_resize {self.val_resize} is smaller than the image_size {self.image_size}"
+                " that is cut out of it: make it at least as large"
+            )
+        if any(type(epoch) is not int or epoch < 0 for epoch in self.keep_epochs or ()):
+            raise UserError(
+                f"keep_epochs must be whole numbers from 0, not {_shown(self.keep_epochs)}"
+            )
+        if not all(map(_is_plain, (self.optimizer_options or {}).items())):
+            raise UserError(
+                "optimizer_options must give names numbers, text, true, false, or lists of these,"
+                f" not {_shown(self.optimizer_options)}"
+            )
+        if self.teacher and self.label_smoothing:
+            raise UserError(
+                "label_smoothing acts on labels, which a teacher replaces:"
+                " set it to 0, or teacher to none"
+            )
+
+    def network_options(self) -> dict[str, Any]:
+        """The constructor arguments of the network, all but the number of classes."""
+        options = {
+            "binary_activations": self.binary_activations,
+            "binary_weights": self.binary_weights,
+            "latent_init": self.latent_init,
+            "width": self.width,
+            "small_images": self.small_images,
+        }
+        if self.activation_ste:
+            options["activation_ste"] = self.activation_ste
+        return options
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Fields that change the result and differ from a saved configuration."""
+        return [
+            f"{f.name} {getattr(self, f.name)} (there {other[f.name]})"
+            for f in dataclasses.fields(self)
+            if not f.metadata.get("place")
+            and f.name in other
+            and other[f.name] != getattr(self, f.name)
+        ]
+
+
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+_TYPES = get_type_hints(Config)
+_TYPE_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+_shortened = reprlib.Repr()
+_shortened.maxlevel = 3
+_shortened.maxstring = _shortened.maxother = 100
+_shown = _shortened.repr  # a value for a message
+
+
+def _is_plain(option: tuple[Any, Any]) -> bool:
+    """Whether a name and its value are what a checkpoint, read as data only, gives back."""
+    name, value = option
+    values = value if type(value) is list else [value]
+    return type(name) is str and all(
+        type(one) in (bool, int, float, str, NoneType) for one in values
+    )
+
+
+def _typed(name: str, value: Any) -> Any:
+    """`value` as the type of field `name`; PyYAML reads `5e-6` as text, so text may be a number."""
+    *alternatives, last = get_args(_TYPES[name]) or (_TYPES[name],)
+    target = alternatives[0] if alternatives else last
+    if last is NoneType and (value is None or value == "none"):
+        return None
+    if target is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            value = float(value)
+    if type(value) is not target or (target is float and not math.isfinite(value)):
+        raise UserError(f"{name} must be {_TYPE_NAMES[target]}, not {_shown(value)}")
+    return value
+
+
+def _check_range(name: str, value: Any) -> None:
+    checks = FIELDS[name].metadata
+    if value is None:
+        return
+    if "choices" in checks and value not in checks["choices"]:
+        raise UserError(
+            f"{name} must be one of {', '.join(checks['choices'])}, not {_shown(value)}"
+        )
+    for check, (holds, words) in BOUNDS.items():
+        if check in checks and not holds(value, checks[check]):
+            raise UserError(f"{name} must be {words} {checks[check]}, not {value}")
+
+
+def _is_path(name: str, value: Any) -> bool:
+    names_path = FIELDS[name].metadata.get("path")
+    return value is not None and names_path is not None and names_path(value)
+
+
+def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Values of known fields, typed, in range, with paths made absolute from `base`."""
+    unknown = [name for name in values if name not in FIELDS]
+    if unknown:
+        raise UserError(
+            f"unknown option {_shown(unknown[0])}: the valid ones are {', '.join(FIELDS)}"
+        )
+    result = {}
+    for name, value in values.items():
+        value = _typed(name, value)
+        _check_range(name, value)
+        result[name] = os.path.normpath(base / value) if _is_path(name, value) else value
+    return result
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a name that stands twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for name in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if name.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        problem=f"{name.value!r} stands twice", problem_mark=name.start_mark
+                    )
+                seen.add(name.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The checked fields of a YAML file."""
+    try:
+        values = yaml.load(path.read_text("utf-8"), _Loader)
+    except OSError as error:
+        raise UserError(f"cannot read configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UserError(f"{path} must hold one `name: value` per line")
+    return checked(values, path.absolute().parent)
+
+
+def _command_line(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
+    parser = Parser(description)
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML laid over config.yaml"
+    )
+    for f in FIELDS.values():
+        parser.add_argument(
+            f"--{f.name}", metavar="X", default=argparse.SUPPRESS, help=_help_text(f)
+        )
+    namespace, rest = parser.parse_known_args(arguments)
+    if rest:
+        raise UserError(
+            f"unknown option {_shown(rest[0])}: the valid ones are --config, --"
+            + ", --".join(FIELDS)
+        )
+    return namespace
+
+
+def _help_text(f: dataclasses.Field) -> str:
+    text = f.metadata["help"]
+    if "choices" in f.metadata:
+        text += f": {', '.join(f.metadata['choices'])}"
+    if f.default is not dataclasses.MISSING:
+        text += f" (default {f.default})"
+    return text
+
+
+def _parsed(name: str, text: str) -> Any:
+    """Command-line text as YAML would read it, except where the field is text anyway."""
+    if str in (_TYPES[name], *get_args(_TYPES[name])):
+        return text
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def parse_config(
+    default: Path, arguments: Sequence[str] | None = None, description: str = ""
+) -> Config:
+    """`default` YAML, then `--config FILE`, then the other command-line options.
+
+    Raises:
+        UserError: an unknown name, a wrong type or range, or a file that cannot be read.
+    """
+    given = vars(_command_line(arguments, description))
+    values = read_yaml(default)
+    if "config" in given:
+        values |= read_yaml(Path(given.pop("config")))
+    values |= checked({name: _parsed(name, text) for name, text in given.items()}, Path.cwd())
+    return _complete(values, default)
+
+
+def _complete(values: Mapping[str, Any], source: Path | str) -> Config:
+    required = [f.name for f in FIELDS.values() if f.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise UserError(f"{source} lacks {', '.join(missing)}")
+    return Config(**values)
+
+
+def from_saved(values: Any, source: Path | str) -> Config:
+    """The configuration that a checkpoint carries, checked like one just written."""
+    if not isinstance(values, dict):
+        raise UserError(f"{source} carries no configuration: it was not written by this repo")
+    return _complete(checked(values, Path.cwd()), source)
+
+
+def as_yaml(config: Config) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -1,0 +1,238 @@
+"""What a run leaves in its folder: log, curves, one JSON line per epoch, configuration."""
+
+import contextlib
+import json
+import logging
+import operator
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torchvision
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.checkpoint.checkpoint import BEST
+from utils.checkpoint.files import atomic_write
+from utils.metrics import HISTOGRAM_LIMIT
+from utils.run.config import Config, as_yaml
+from utils.run.distributed import DistEnv
+from utils.run.errors import UserError
+from utils.run.state import TrainState
+
+RECORDS = "metrics.jsonl"
+LINE_EVERY = 100  # iterations
+
+
+class RunLog:
+    """The log of one run in `config.save`, a context; processes other than rank 0 stay silent.
+
+    log.txt         plain lines, the same as on the terminal, added to by every restart
+    metrics.jsonl   one JSON object per epoch
+    config.yaml     the resolved configuration
+    tensorboard/    scalars and histograms
+
+    Args:
+        state: what earlier processes recorded of later epochs is replaced by its history.
+        iterations: of an epoch.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+
+    def __init__(self, config: Config, dist: DistEnv, state: TrainState, iterations: int):
+        self.config = config
+        self.dist = dist
+        self.iterations = iterations
+        self.folder = Path(config.save)
+        self.logger = logging.getLogger("adambnn")
+        self.logger.setLevel(logging.INFO if dist.is_rank0 else logging.CRITICAL)
+        self.logger.propagate = False
+        if not dist.is_rank0:
+            return
+        try:
+            file = logging.FileHandler(self.folder / "log.txt")
+            self.curves = SummaryWriter(
+                self.folder / "tensorboard", purge_step=max(state.epoch - 1, 0)
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self.folder} ({error.strerror}):"
+                " pass --save with a folder that can be written"
+            ) from error
+        file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        self.logger.addHandler(file)
+        self.logger.addHandler(logging.StreamHandler(sys.stdout))
+        # A full disk is met again, and reported, where a checkpoint or a record cannot be written.
+        logging.raiseExceptions = False
+        text = as_yaml(config)
+        atomic_write(self.folder / "config.yaml", lambda file: file.write(text.encode()))
+        if state.history:
+            self._record(state.history)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.dist.is_rank0:
+            with contextlib.suppress(OSError):
+                self.curves.close()
+            for handler in list(self.logger.handlers):
+                self.logger.removeHandler(handler)
+                with contextlib.suppress(OSError):
+                    handler.close()
+
+    def opening(self, start: Any, groups: str) -> None:
+        """Log what the run depends on.
+
+        Args:
+            start: where the weights come from.
+            groups: the parameter groups of the optimizer, in words.
+        """
+        for line in (
+            "configuration\n" + as_yaml(self.config).rstrip(),
+            f"commit {_commit()}",
+            f"python {platform.python_version()}, torch {torch.__version__},"
+            f" torchvision {torchvision.__version__}, numpy {numpy.__version__}",
+            f"device {_device_name(self.dist.device)}, {self.dist.world_size} process(es)",
+            f"seed {self.config.seed}",
+            f"parameters: {groups}",
+            f"weights start from {start}",
+        ):
+            self.logger.info(line)
+
+    def on_step_end(self, state: TrainState) -> None:
+        if self.dist.is_rank0 and state.iteration % LINE_EVERY == 0:
+            now = state.meter.results()
+            self.logger.info(
+                f"epoch {state.epoch} train {state.iteration}/{self.iterations}:"
+                f" loss {now['loss']:.4f}, top-1 {now['top1']:.2f} %"
+            )
+
+    def on_epoch_end(self, state: TrainState) -> None:
+        """Log the last record of the history, and write all of them to metrics.jsonl."""
+        if not self.dist.is_rank0:
+            return
+        record = state.history[-1]
+        self.logger.info(
+            f"epoch {record['epoch']}: learning rate {record['learning_rate']:.3e},"
+            f" train loss {record['train_loss']:.4f} top-1 {record['train_top1']:.2f} %,"
+            f" val loss {record['val_loss']:.4f} top-1 {record['val_top1']:.2f} %"
+            f" top-5 {record['val_top5']:.2f} % on {record['val_images']} images,"
+            f" {record['train_images_per_second']:.0f} images/s"
+        )
+        if "ff_ratio" in record:
+            self.logger.info(
+                f"epoch {record['epoch']}: FF ratio {record['ff_ratio']:.3e},"
+                f" C2I ratio {record['c2i_ratio']:.4f}"
+            )
+        try:
+            self._record(state.history)
+        except (UserError, OSError) as error:
+            self.logger.warning(
+                f"warning: {error}; training goes on, the next epoch's record tries again"
+            )
+
+    def closing(self, state: TrainState) -> None:
+        """Log the best epoch and where its weights are.
+
+        Raises:
+            UserError: the records could not be written, and still cannot.
+        """
+        if self.dist.is_rank0:
+            write_records(self.folder, state.history)
+        best = max(state.history, key=lambda record: record["val_top1"])
+        self.logger.info(
+            f"finished: best val top-1 {best['val_top1']:.2f} % at epoch {best['epoch']},"
+            f" {self.folder / BEST}"
+        )
+
+    def _record(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """The last record as scalars and histograms, all of them as lines."""
+        write_records(self.folder, history)
+        self._add_curves("", history[-1], history[-1]["epoch"])
+        self.curves.flush()
+
+    def _add_curves(self, prefix: str, record: dict[str, Any], epoch: int) -> None:
+        """A scalar for each number, `layers/NAME/...` for nested ones, histograms for counts."""
+        for name, value in record.items():
+            if isinstance(value, dict):
+                self._add_curves(f"{prefix}{name}/", value, epoch)
+            elif name == "latent_histogram":
+                self._add_histogram(f"{prefix}{name}", value, epoch)
+            elif name != "epoch":
+                self.curves.add_scalar(f"{prefix}{name}", value, epoch)
+
+    def _add_histogram(self, tag: str, counts: list[int], epoch: int) -> None:
+        width = 2 * HISTOGRAM_LIMIT / len(counts)
+        edges = [-HISTOGRAM_LIMIT + width * (i + 1) for i in range(len(counts))]
+        centres = [edge - width / 2 for edge in edges]
+        self.curves.add_histogram_raw(
+            tag,
+            min=-HISTOGRAM_LIMIT,
+            max=HISTOGRAM_LIMIT,
+            num=sum(counts),
+            sum=sum(map(operator.mul, counts, centres)),
+            sum_squares=sum(n * x * x for n, x in zip(counts, centres, strict=True)),
+            bucket_limits=edges,
+            bucket_counts=counts,
+            global_step=epoch,
+        )
+
+
+def write_records(folder: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Replace the records in the folder of a run by `history`."""
+    lines = "".join(json.dumps(record) + "\n" for record in history)
+    atomic_write(folder / RECORDS, lambda file: file.write(lines.encode()))
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """The records in the folder of a run.
+
+    Raises:
+        UserError: there are none, or they are damaged.
+    """
+    path = folder / RECORDS
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder} is not the folder of a run: cannot read {path}") from error
+
+
+def epoch_record(
+    epoch: int,
+    learning_rate: float,
+    trained: dict[str, float],
+    validated: dict[str, float],
+    measured: dict[str, Any],
+) -> dict[str, Any]:
+    """One record: epoch, learning_rate, train_loss, ..., val_loss, ..., and the binary metrics."""
+    return {
+        "epoch": epoch,
+        "learning_rate": learning_rate,
+        **{f"train_{name}": value for name, value in trained.items()},
+        **{f"val_{name}": value for name, value in validated.items()},
+        **measured,
+    }
+
+
+def _commit() -> str:
+    """The repo's commit, `+changes` if the working tree differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        run = {"capture_output": True, "text": True, "check": True}
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown (not a git checkout)"
+    return commit + (" +changes" if changed.strip() else "")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
