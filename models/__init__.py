@@ -14,12 +14,12 @@ MODELS = {
 }
 
 
-def build_model(name: str, **options) -> nn.Module:
-    """Build a network of `MODELS` with its constructor's options.
+def build_model(name: str, num_classes: int = 1000, **options) -> nn.Module:
+    """Build a network of `MODELS` with the options of `models.layers.NetworkOptions`.
 
     Raises:
-        UserError: the name is not known (the message lists those that are).
+        UserError: an unknown name, or an option that the network cannot be built with.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    return MODELS[name](**options)
+    return MODELS[name](num_classes, **options)

@@ -1,9 +1,8 @@
-"""Build the network that a checkpoint holds: from its configuration, or recognised by its keys."""
+"""Build the network that a checkpoint holds: from its configuration, or inferred from its keys."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -12,19 +11,14 @@ from torch import Tensor, nn
 from models import MODELS, build_model
 from models.layers import binary_convolutions
 from utils.binarize import is_binary
-from utils.checkpoint.checkpoint import (
-    Checkpoint,
-    load_strictly,
-    read_checkpoint,
-    with_4d_kernels,
-)
+from utils.checkpoint.checkpoint import Checkpoint, load_strictly, read_checkpoint, with_4d_kernels
 from utils.run.config import Config, checked, from_saved
 from utils.run.errors import UserError
 
 
 @dataclass(frozen=True)
 class LoadedNetwork:
-    """A network with the weights of a checkpoint, in eval mode, and what was found out."""
+    """A network in eval mode with the weights of a checkpoint, and its name and options."""
 
     model: nn.Module
     name: str
@@ -32,6 +26,8 @@ class LoadedNetwork:
     options: Mapping[str, Any]
     checkpoint: Checkpoint
     config: Config | None
+    image_size: int  # pixels it was trained with
+    val_resize: int  # shorter side of validation images before the central crop
 
     @property
     def has_exact_weights(self) -> bool:
@@ -39,40 +35,27 @@ class LoadedNetwork:
         convolutions = binary_convolutions(self.model).values()
         return bool(convolutions) and all(is_binary(conv.weight) for conv in convolutions)
 
-    @property
-    def image_size(self) -> int:
-        """Pixels it was trained with; 224 where the file does not tell, as released."""
-        return self.config.image_size if self.config else 224
-
-    @property
-    def val_resize(self) -> int:
-        """Shorter side of its validation images before the central crop; 256, as released."""
-        return self.config.val_resize if self.config else 256
-
     def __str__(self) -> str:
-        if not self.options["binary_weights"]:
-            weights = "real weights"
-        else:
-            weights = "exact +-1 weights" if self.has_exact_weights else "latent weights"
-        inputs = "binary" if self.options["binary_activations"] else "real"
-        shape = f"width {self.options['width']:g}"
-        if self.options["small_images"]:
-            shape += ", small images"
+        weights = "latent" if self.options["binary_weights"] else "real"
+        if self.has_exact_weights:
+            weights = "exact +-1"
+        activations = "binary" if self.options["binary_activations"] else "real"
+        small = ", small images" if self.options["small_images"] else ""
         return (
-            f"{self.name} ({shape}, {self.num_classes} classes, {inputs} activations, {weights})"
-            f" from {self.checkpoint}"
+            f"{self.name} (width {self.options['width']:g}{small}, {self.num_classes} classes,"
+            f" {activations} activations, {weights} weights) from {self.checkpoint}"
         )
 
 
 def load_network(
-    path: Path | str, defaults: Mapping[str, Any] = MappingProxyType({}), **given: Any
+    path: Path | str, defaults: Mapping[str, Any] | None = None, **given: Any
 ) -> LoadedNetwork:
     """Read a checkpoint of any layout and load it strictly into the network it belongs to.
 
     Args:
         path: a checkpoint of this repo, a released one (also the older one with flat kernels), a
             bare state dict, or a packed file.
-        defaults: options of the network to assume where nothing else tells them.
+        defaults: options of the network to assume where neither the file nor `given` has them.
         given: options of the network that the caller knows, `binary_weights` above all; None
             leaves an option open.  A file written by this repo needs none.
 
@@ -81,31 +64,36 @@ def load_network(
             real (step 1) or latent ones of a binary network (step 2), whose layouts are the same.
     """
     checkpoint = read_checkpoint(path)
-    content = checkpoint.content
+    content, state, source = checkpoint.content, checkpoint.state, checkpoint.path
     given = {name: value for name, value in given.items() if value is not None}
-    config = from_saved(content["config"], checkpoint.path) if content.get("config") else None
+    config = from_saved(content["config"], source) if content.get("config") else None
     if "network" in content:
-        name, options = _saved_network(content["network"], checkpoint.path)
-        _refuse_contradiction(options, given, checkpoint)
+        name, options = _saved_network(content["network"], source)
     elif config:
         name, options = config.model, config.network_options()
-        _refuse_contradiction(options, given, checkpoint)
     else:
-        name, options = infer_architecture(checkpoint.state, checkpoint.path)
-        options = {**defaults, **options, **given}
+        name, options = infer_architecture(state, source)
+        options = {**(defaults or {}), **options, **given}
         if "binary_weights" not in options:
             raise UserError(
-                f"{checkpoint.path} holds {name}, and its layout does not tell step 1 from step 2:"
+                f"{source} holds {name}, and its layout does not tell step 1 from step 2:"
                 " pass --binary_weights false if its weights are real (step 1), else true"
             )
-    num_classes = len(checkpoint.state.get("fc.bias", ())) or 1000
-    model = build_model(name, num_classes=num_classes, **options)
+    for option, value in given.items():
+        if options.get(option, value) != value:
+            raise UserError(
+                f"{source} was trained with {option} {options[option]}, not {value}:"
+                f" leave --{option} out"
+            )
+    num_classes = len(state.get("fc.bias", ())) or 1000
+    model = build_model(name, num_classes, **options)
     load_strictly(model, checkpoint)
-    return LoadedNetwork(model.eval(), name, num_classes, options, checkpoint, config)
+    sizes = (config.image_size, config.val_resize) if config else (224, 256)  # as released
+    return LoadedNetwork(model.eval(), name, num_classes, options, checkpoint, config, *sizes)
 
 
 def inference_content(loaded: LoadedNetwork) -> dict[str, Any]:
-    """What a converted file keeps besides its weights: enough to load and evaluate it."""
+    """What a converted file holds besides its weights: enough to load and evaluate it."""
     return {
         "epoch": loaded.checkpoint.epoch,
         "best_top1_acc": loaded.checkpoint.top1,
@@ -116,29 +104,18 @@ def inference_content(loaded: LoadedNetwork) -> dict[str, Any]:
 
 def _saved_network(network: Any, source: Path) -> tuple[str, dict[str, Any]]:
     """Name and options as `inference_content` wrote them, checked like a configuration."""
-    names = ("model", "binary_activations", "binary_weights", "width", "small_images")
-    if not isinstance(network, dict) or any(name not in network for name in names):
+    names = {"model", "binary_activations", "binary_weights", "width", "small_images"}
+    if not isinstance(network, dict) or not names <= network.keys():
         raise UserError(f"{source} does not tell its network as this repo does: convert it again")
     options = checked(network, Path.cwd())
     return options.pop("model"), options
 
 
-def _refuse_contradiction(
-    options: Mapping[str, Any], given: Mapping[str, Any], checkpoint: Checkpoint
-) -> None:
-    for name, value in given.items():
-        if options.get(name, value) != value:
-            raise UserError(
-                f"{checkpoint.path} was trained with {name} {options[name]}, not {value}:"
-                f" leave --{name} out"
-            )
-
-
 def infer_architecture(state: Mapping[str, Tensor], source: Path) -> tuple[str, dict[str, Any]]:
-    """The network whose keys a state dict has, and the options that its tensors tell.
+    """The network whose keys a state dict has, and the options that its tensors imply.
 
     Raises:
-        UserError: no network has these keys; names the closest and what keeps it from fitting.
+        UserError: no network has these keys; names the closest and what does not fit.
     """
     differences = {}
     for name in MODELS:
@@ -150,9 +127,12 @@ def infer_architecture(state: Mapping[str, Tensor], source: Path) -> tuple[str, 
         if not missing and not left_over:
             stem = next(iter(own))
             width = len(fitted[stem]) / len(own[stem])
-            return name, {"width": width, "binary_activations": True, "small_images": False} | (
-                {"binary_weights": True} if _has_binary_weights(state, fitted) else {}
-            )
+            options = {"width": width, "binary_activations": True, "small_images": False}
+            # Only step 2 was ever stored flat, and only binary kernels are exactly -1 and +1.
+            kernels = [value for key, value in fitted.items() if "binary" in key]
+            if all(map(is_binary, kernels)) or any(key.endswith(".weights") for key in state):
+                options["binary_weights"] = True
+            return name, options
         differences[name] = missing, left_over
     closest = min(differences, key=lambda name: sum(map(len, differences[name])))
     missing, left_over = differences[closest]
@@ -161,9 +141,3 @@ def infer_architecture(state: Mapping[str, Tensor], source: Path) -> tuple[str, 
         f" lacks {len(missing)} ({', '.join(missing[:3]) or 'none'})"
         f" and has {len(left_over)} left over ({', '.join(left_over[:3]) or 'none'})"
     )
-
-
-def _has_binary_weights(state: Mapping[str, Tensor], fitted: Mapping[str, Tensor]) -> bool:
-    """Only step 2 was ever stored flat, and only binary kernels are exactly -1 and +1."""
-    is_exact = all(is_binary(value) for key, value in fitted.items() if "binary" in key)
-    return is_exact or any(key.endswith(".weights") for key in state)

@@ -1,7 +1,7 @@
-"""Small layers that the binary networks share."""
+"""The options of the binary networks, and the small layers that they share."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -57,30 +57,41 @@ class RealActivation(nn.Module):
         return add_shift(x, shift)
 
 
-def scaled_width(channels: int, width: float) -> int:
-    """`channels` of the stem times `width`, rounded.
+@dataclass(frozen=True)
+class NetworkOptions:
+    """The options of every network, and the layers that depend on them.
 
-    The other counts are multiples of the stem's, so that rounding never breaks a doubling.
+    The two flags give four networks of one parameter layout: both off is the real-valued network,
+    `binary_activations` alone is step 1, `binary_weights` alone binarizes the weights first, both
+    on is step 2.  Stem, shortcuts, BN, shifts, PReLU and `fc` are always real-valued.
 
-    Raises:
-        UserError: no channel is left.
+    Building a network raises UserError for an unknown `activation_ste` or `latent_init`, and for a
+    `width` that leaves no channel.
     """
-    scaled = round(channels * width)
-    if scaled < 1:
-        raise UserError(f"width {width} leaves no channel: give at least {1 / channels}")
-    return scaled
 
+    binary_activations: bool = True  # Sign before each convolution that may be binary
+    binary_weights: bool = True  # these convolve with mean|w| * Sign(w) of their latent weights
+    activation_ste: str = "polynomial"  # gradient of Sign, as in the released code, or "clip"
+    width: float = 1.0  # multiplies every channel count
+    small_images: bool = False  # for 32 pixels: stride 8, not 32; the head still sees 4x4 positions
+    latent_init: str = "positive"  # start of latent weights, as released, or "symmetric"
 
-def sign_factory(binary_activations: bool, activation_ste: str) -> Callable[[], nn.Module]:
-    """Makes the layer before each convolution that may be binary: Sign, or nothing."""
-    return partial(Sign, activation_ste) if binary_activations else RealActivation
+    def sign(self) -> nn.Module:
+        """The layer before a convolution that may be binary."""
+        return Sign(self.activation_ste) if self.binary_activations else RealActivation()
 
+    def conv(self, *args, **kwargs) -> LatentConv2d:
+        """A convolution that may be binary, without bias; arguments as of `nn.Conv2d`."""
+        if self.binary_weights:
+            return BinaryConv2d(*args, bias=False, latent_init=self.latent_init, **kwargs)
+        return LatentConv2d(*args, bias=False, **kwargs)
 
-def conv_factory(binary_weights: bool, latent_init: str) -> Callable[..., nn.Conv2d]:
-    """Makes the convolutions that may be binary, without bias."""
-    if binary_weights:
-        return partial(BinaryConv2d, bias=False, latent_init=latent_init)
-    return partial(LatentConv2d, bias=False)
+    def scaled(self, counts: Sequence[int]) -> list[int]:
+        """Channel counts times `width`: the first is rounded, the others stay its multiples."""
+        first = round(counts[0] * self.width)
+        if first < 1:
+            raise UserError(f"width {self.width} leaves no channel: give at least {1 / counts[0]}")
+        return [first * count // counts[0] for count in counts]
 
 
 def binary_convolutions(model: nn.Module) -> dict[str, BinaryConv2d]:

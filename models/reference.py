@@ -47,9 +47,7 @@ class ReferenceSign(Sign):
 
 
 class ReferenceRPReLU(RPReLU):
-    def forward(
-        self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, before=None, after=None) -> Tensor:
         x = x if before is None else x + before.expand_as(x)
         x = F.prelu(x, self.weight)
         return x if after is None else x + after.expand_as(x)
@@ -60,16 +58,11 @@ class ReferenceBinaryConv2d(BinaryConv2d):
         return F.conv2d(x, binarize_weight(self.weight), None, self.stride, self.padding)
 
 
-class ReferenceAvgPool2x2(AvgPool2x2):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, 2, ceil_mode=True)
-
-
 REFERENCE = {
     Sign: ReferenceSign,
     RPReLU: ReferenceRPReLU,
     BinaryConv2d: ReferenceBinaryConv2d,
-    AvgPool2x2: ReferenceAvgPool2x2,
+    AvgPool2x2: nn.AvgPool2d,
 }
 
 

@@ -1,26 +1,15 @@
 """Binary ResNet-18 networks: ReActNet-R18, Bi-Real-18 and StrongBaseline-R18.
 
-All have a real-valued 7x7 stem and four stages of four one-convolution blocks, each with its own
-shortcut.  The options are those of `models.reactnet.ReActNetA`.
+All have a real 7x7 stem and four stages of four one-convolution blocks, each with a shortcut.
 """
-
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import (
-    AvgPool2x2,
-    LearnableBias,
-    RealActivation,
-    conv_factory,
-    scaled_width,
-    sign_factory,
-)
+from models.layers import AvgPool2x2, LearnableBias, NetworkOptions
 from utils.binarize import RPReLU
 
 CHANNELS = (64, 128, 256, 512)  # of the four stages at width 1
-BLOCKS_PER_STAGE = 4
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -41,13 +30,13 @@ class ReActBlock(nn.Module):
     `move2` are RPReLU, PReLU(x + b1) + b2.
     """
 
-    scale_folds_into = MappingProxyType({"binary_conv": "bn1"})
+    scale_folds_into = (("binary_conv", "bn1"),)
 
-    def __init__(self, in_channels, out_channels, stride, conv, sign, size):
+    def __init__(self, in_channels, out_channels, stride, size, options):
         super().__init__()
         self.move0 = LearnableBias(in_channels)
-        self.sign = sign()
-        self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
+        self.sign = options.sign()
+        self.binary_conv = options.conv(in_channels, out_channels, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.move1 = LearnableBias(out_channels)
         self.prelu = RPReLU(out_channels)
@@ -66,12 +55,12 @@ class BiRealBlock(nn.Module):
     Sign is the only nonlinearity: without `binary_activations` a ReLU stands in its place.
     """
 
-    scale_folds_into = MappingProxyType({"binary_conv": "bn1"})
+    scale_folds_into = (("binary_conv", "bn1"),)
 
-    def __init__(self, in_channels, out_channels, stride, conv, sign, size):
+    def __init__(self, in_channels, out_channels, stride, size, options):
         super().__init__()
-        self.sign = nn.ReLU() if sign is RealActivation else sign()
-        self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
+        self.sign = options.sign() if options.binary_activations else nn.ReLU()
+        self.binary_conv = options.conv(in_channels, out_channels, 3, stride, padding=1)
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride)
 
@@ -100,13 +89,13 @@ class LearnedScale(nn.Module):
 class StrongBaselineBlock(nn.Module):
     """BN -> Sign -> binary 3x3 -> learned scale -> PReLU -> + shortcut (Martinez et al. 2020)."""
 
-    scale_folds_into = MappingProxyType({"binary_conv": "scale"})
+    scale_folds_into = (("binary_conv", "scale"),)
 
-    def __init__(self, in_channels, out_channels, stride, conv, sign, size):
+    def __init__(self, in_channels, out_channels, stride, size, options):
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.sign = sign()
-        self.binary_conv = conv(in_channels, out_channels, 3, stride, padding=1)
+        self.sign = options.sign()
+        self.binary_conv = options.conv(in_channels, out_channels, 3, stride, padding=1)
         self.scale = LearnedScale(out_channels, size)
         self.prelu = RPReLU(out_channels)
         self.downsample = shortcut(in_channels, out_channels, stride)
@@ -119,55 +108,39 @@ class StrongBaselineBlock(nn.Module):
 class BinaryResNet18(nn.Module):
     """(N, 3, H, W) images -> (N, num_classes) logits; subclasses name their block.
 
-    Args:
-        small_images: for 32-pixel inputs; no max pooling and no stride in the last stage, so the
-            whole network has stride 8 instead of 32 and the head still sees 4x4 positions.
-        others: as of `models.reactnet.ReActNetA`.
-
-    Raises:
-        UserError: an unknown `activation_ste` or `latent_init`, or a width that leaves no channel.
+    Its options are those of `models.layers.NetworkOptions`.  For `small_images` there is no max
+    pooling, and the last stage has stride 1.
     """
 
-    block: type[nn.Module]
+    block: type[nn.Module]  # made of in_channels, out_channels, stride, output pixels and options
     stem_has_prelu = False
 
-    def __init__(
-        self,
-        num_classes: int = 1000,
-        binary_activations: bool = True,
-        binary_weights: bool = True,
-        activation_ste: str = "polynomial",
-        width: float = 1.0,
-        small_images: bool = False,
-        latent_init: str = "positive",
-    ):
+    def __init__(self, num_classes: int = 1000, **options):
         super().__init__()
-        sign = sign_factory(binary_activations, activation_ste)
-        conv = conv_factory(binary_weights, latent_init)
-        stem = scaled_width(CHANNELS[0], width)
-        self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
-        self.prelu = RPReLU(stem) if self.stem_has_prelu else nn.Identity()
-        self.maxpool = nn.Identity() if small_images else nn.MaxPool2d(3, stride=2, padding=1)
+        options = NetworkOptions(**options)
+        small = options.small_images
+        channels = options.scaled(CHANNELS)
+        before = channels[0]
+        self.conv1 = nn.Conv2d(3, before, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(before)
+        self.prelu = RPReLU(before) if self.stem_has_prelu else nn.Identity()
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
 
-        sizes = (16, 8, 4, 4) if small_images else (56, 28, 14, 7)
-        before = stem
-        for stage, (channels, size) in enumerate(zip(CHANNELS, sizes, strict=True), start=1):
-            after = stem * channels // CHANNELS[0]
-            blocks = nn.Sequential()
-            for _ in range(BLOCKS_PER_STAGE):
-                keeps_size = before == after or (small_images and stage == len(CHANNELS))
-                stride = 1 if keeps_size else 2
-                blocks.append(self.block(before, after, stride, conv, sign, size))
-                before = after
-            setattr(self, f"layer{stage}", blocks)
+        size = 16 if small else 56  # pixels before the first stage, of images of 32 or 224
+        strides = (1, 2, 2, 1 if small else 2)
+        for stage, (after, stride) in enumerate(zip(channels, strides, strict=True), start=1):
+            size //= stride
+            blocks = [self.block(before, after, stride, size, options)]
+            blocks += [self.block(after, after, 1, size, options) for _ in range(3)]
+            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+            before = after
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(before, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)
         x = self.maxpool(self.prelu(self.bn1(self.conv1(x))))  # (N, 64, H/4, W/4)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # (N, 512, H/32, W/32)
-        return self.fc(self.avgpool(x).flatten(1))
+        return self.fc(self.avgpool(x).flatten(1))  # (N, num_classes)
 
 
 class ReActNetR18(BinaryResNet18):

@@ -1,7 +1,6 @@
 """The network whose softmax is the student's target."""
 
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -25,48 +24,41 @@ def load_teacher(config: Config, num_classes: int, device: torch.device) -> nn.M
         num_classes: of the data; the teacher must have as many.
 
     Raises:
-        UserError: unknown name, no download, a file that does not fit, or another class count.
+        UserError: unknown name, no download, a file, class count or image size that does not fit.
     """
-    if config.teacher is None:
+    name = config.teacher
+    if name is None:
         return None
     # The weights it is built with are replaced; drawing them must not move the run's generator.
     with torch.random.fork_rng(devices=[]):
-        teacher = _build(config.teacher, config.teacher_checkpoint)
+        teacher = _build(name, config.teacher_checkpoint)
     teacher = place(teacher.eval().requires_grad_(False), config, device)
-    outputs = _count_outputs(teacher, config, device)
-    if outputs != num_classes:
-        raise UserError(
-            f"the teacher {config.teacher} has {outputs} classes and the data {num_classes}:"
-            " pass a --teacher trained on this data, or --teacher none to train on labels"
-        )
-    return compiled(teacher, config)
-
-
-def _count_outputs(teacher: nn.Module, config: Config, device: torch.device) -> int:
     try:
-        return count_outputs(teacher, config.image_size, device)
+        outputs = count_outputs(teacher, config.image_size, device)
     except (AssertionError, RuntimeError, ValueError) as error:
         if is_out_of_memory(error):
             raise
         reason = printable(str(error).partition("\n")[0])
         raise UserError(
-            f"the teacher {config.teacher} cannot compute images of {config.image_size} pixels"
-            f" ({reason}): pass another --image_size or another --teacher"
+            f"the teacher {name} cannot compute images of {config.image_size} pixels ({reason}):"
+            " pass another --image_size or another --teacher"
         ) from error
+    if outputs != num_classes:
+        raise UserError(
+            f"the teacher {name} has {outputs} classes and the data {num_classes}:"
+            " pass a --teacher trained on this data, or --teacher none to train on labels"
+        )
+    return compiled(teacher, config)
 
 
 def _build(name: str, weights_file: str | None) -> nn.Module:
-    if name in torchvision.models.list_models(torchvision.models):
-        return _torchvision_network(name, weights_file)
-    if Path(name).exists():
-        return load_network(name).model
-    raise UserError(
-        f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
-    )
-
-
-def _torchvision_network(name: str, weights_file: str | None) -> nn.Module:
-    if weights_file is not None:
+    if name not in torchvision.models.list_models(torchvision.models):
+        if Path(name).exists():
+            return load_network(name).model
+        raise UserError(
+            f"teacher {name!r} is neither a torchvision network, nor a checkpoint file, nor none"
+        )
+    if weights_file:
         checkpoint = read_checkpoint(weights_file)
         *_, last_bias = checkpoint.state.values()
         classes = len(last_bias) if last_bias.ndim else 1
@@ -75,7 +67,7 @@ def _torchvision_network(name: str, weights_file: str | None) -> nn.Module:
         return teacher
     try:
         return torchvision.models.get_model(name, weights="DEFAULT")
-    except (URLError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot download the weights of {name} ({error}):"
             " pass --teacher_checkpoint with a file of them"

@@ -1,4 +1,4 @@
-"""What a network sees in images: its five likeliest classes, and the milliseconds it took.
+"""Classify images: the five classes of the highest softmax, and the milliseconds it took.
 
     python scripts/classify.py FILE IMAGE... [--classes DIR]
 
@@ -8,7 +8,6 @@ ImageNet network have their names, and those of another network are numbers.  Th
 the network for one image after its first, which also prepares the engine.
 """
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -17,81 +16,63 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision.models import ResNet34_Weights
 
-from models.checkpoints import open_network
+from models.export.open_network import open_network
+from utils.data import image_folder
+from utils.data.decode import undecodable, whole_image
+from utils.data.transforms import ValTransform, normalize_batch
 from utils.run.command_line import Parser, add_network_options, command
-from utils.data import ValTransform, normalize_batch
 from utils.run.errors import UserError
-
-LIKELIEST = 5
-
-
-def parse() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("file", type=Path, help="checkpoint, .safetensors, .onnx or .xml")
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
-    parser.add_argument("--classes", type=Path, metavar="DIR", help="one folder for each class")
-    add_network_options(parser)
-    return parser.parse_args()
 
 
 @command
 @torch.no_grad()
 def main() -> None:
-    arguments = parse()
+    parser = Parser(__doc__)
+    parser.add_argument("file", type=Path, help="checkpoint, .safetensors, .onnx or .xml")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    parser.add_argument("--classes", type=Path, metavar="DIR", help="one folder for each class")
+    add_network_options(parser)
+    arguments = parser.parse_args()
     network = open_network(
         arguments.file,
         binary_weights=arguments.binary_weights,
         small_images=arguments.small_images,
     )
     transform = ValTransform(network)
-    batches = [default_collate([transform(decoded(path))]) for path in arguments.images]
+    batches = [default_collate([transform(decode(path))]) for path in arguments.images]
     images = [normalize_batch(*batch) for batch in batches]  # (1, 3, S, S) each
     names = class_names(arguments.classes, network.model(images[0]).shape[1])
     for path, image in zip(arguments.images, images, strict=True):
         started = time.perf_counter()
         logits = network.model(image)
-        milliseconds = 1000 * (time.perf_counter() - started)
-        print(f"{path}: {milliseconds:.1f} ms")
-        for name, share in likeliest(logits[0], names):
-            print(f"  {100 * share:6.2f} %  {name}")
+        print(f"{path}: {1000 * (time.perf_counter() - started):.1f} ms")
+        probabilities, classes = logits[0].softmax(0).topk(min(5, len(names)))
+        for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
+            print(f"  {100 * probability:6.2f} %  {names[index]}")
 
 
-def decoded(path: Path) -> Image.Image:
+def decode(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return whole_image(path)
     except Exception as error:  # PIL raises many types for a file it cannot decode
-        raise UserError(f"cannot decode image {path} ({type(error).__name__})") from error
+        raise undecodable(path, error) from error
 
 
 def class_names(folder: Path | None, count: int) -> list[str]:
-    """A name for each of `count` classes, in the order of the network's outputs.
-
-    Raises:
-        UserError: `folder` does not have `count` folders.
-    """
+    """A name for each of `count` classes, in the order of the network's outputs."""
     if folder is None:
         imagenet = ResNet34_Weights.DEFAULT.meta["categories"]
         return imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
-    if not folder.is_dir():
-        raise UserError(f"{folder} is no folder: pass one that holds a folder for each class")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    names = image_folder.class_names(folder)
     if len(names) != count:
         raise UserError(
             f"the network has {count} classes and {folder} {len(names)} folders:"
             " pass the train/ folder of the data it was trained on"
         )
     return names
-
-
-def likeliest(logits: Tensor, names: list[str]) -> list[tuple[str, float]]:
-    """The five classes of the highest softmax, with it: logits (classes,)."""
-    shares, classes = logits.softmax(0).topk(min(LIKELIEST, len(names)))
-    return [(names[i], share) for i, share in zip(classes.tolist(), shares.tolist(), strict=True)]
 
 
 if __name__ == "__main__":

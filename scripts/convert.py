@@ -1,4 +1,4 @@
-"""Convert a checkpoint for deployment; the answers stay those of the network, without retraining.
+"""Convert a checkpoint for deployment; predictions stay those of the network, without retraining.
 
     python scripts/convert.py FILE --to exact    --output model.pth.tar
     python scripts/convert.py FILE --to packed   --output model.safetensors [--dtype float16]
@@ -23,24 +23,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.export.fold import binary_convolutions, fold_scales
 from models.checkpoints import LoadedNetwork, inference_content, load_network
-from models.export.onnx import SUFFIX as ONNX_SUFFIX
-from models.export.onnx import OnnxNetwork, write_onnx
-from models.export.openvino import SUFFIX as OPENVINO_SUFFIX
-from models.export.openvino import OpenVinoNetwork, constants_path, write_openvino
+from models.export import onnx, openvino
+from models.export.fold import fold_scales
+from models.layers import binary_convolutions
+from utils.checkpoint import packed
 from utils.checkpoint.checkpoint import write_checkpoint
+from utils.checkpoint.files import check_output
 from utils.run.command_line import Parser, add_network_options, command, positive
 from utils.run.errors import UserError
-from utils.checkpoint.files import check_output
-from utils.checkpoint.packed import SUFFIX as PACKED_SUFFIX
-from utils.checkpoint.packed import write_packed
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
-CHECKED_IMAGES = 16
-ENGINES = {"onnx": (write_onnx, OnnxNetwork), "openvino": (write_openvino, OpenVinoNetwork)}
+SUFFIXES = {"packed": packed.SUFFIX, "onnx": onnx.SUFFIX, "openvino": openvino.SUFFIX}
+ENGINES = {
+    "onnx": (onnx.write_onnx, onnx.OnnxNetwork),
+    "openvino": (openvino.write_openvino, openvino.OpenVinoNetwork),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -49,11 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--to", choices=("exact", "packed", *ENGINES), required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="packed: other tensors")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="packed")
     parser.add_argument("--batch", type=positive, help="onnx, openvino: fixed batch")
-    parser.add_argument(
-        "--image_size", type=positive, help="onnx, openvino: pixels; the training's by default"
-    )
+    parser.add_argument("--image_size", type=positive, help="onnx, openvino: not as in training")
     add_network_options(parser)
     return parser.parse_args()
 
@@ -61,7 +58,11 @@ def parse() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse()
-    files = written_files(arguments.to, arguments.output)
+    output = arguments.output
+    suffix = SUFFIXES.get(arguments.to, output.suffix)
+    if output.suffix != suffix:
+        raise UserError(f"a file for --to {arguments.to} is named *{suffix}, not {output.name}")
+    files = [output, openvino.constants_path(output)] if arguments.to == "openvino" else [output]
     for file in files:
         check_output(file, arguments.force)
     loaded = load_network(
@@ -71,86 +72,52 @@ def main() -> None:
     )
     print(loaded)
     image_size = arguments.image_size or loaded.image_size
-    if arguments.to == "exact":
-        to_exact(loaded, arguments.output, image_size)
-    elif arguments.to == "packed":
-        to_packed(loaded, arguments.output, image_size, DTYPES[arguments.dtype])
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, image_size, image_size, generator=generator)
+    if arguments.to in ENGINES:
+        write, read = ENGINES[arguments.to]
+        resize = round(loaded.val_resize * image_size / loaded.image_size)
+        write(loaded.model, output, image_size, arguments.batch, resize)
+        written = read(output)
     else:
-        to_engine(loaded, arguments.to, files, image_size, arguments.batch)
+        check_folding(loaded.model, images)
+        write_folded(loaded, arguments.to, output, getattr(torch, arguments.dtype))
+        written = load_network(output).model
+    check_written(loaded.model, written, images, files)
     size = sum(file.stat().st_size for file in files)
     names = " and ".join(map(str, files))
     print(f"wrote {names}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
 
 
-def written_files(form: str, output: Path) -> list[Path]:
-    """All the files of a conversion.
-
-    Raises:
-        UserError: the form is read by its suffix, and `output` has another one.
-    """
-    suffix = {"packed": PACKED_SUFFIX, "onnx": ONNX_SUFFIX, "openvino": OPENVINO_SUFFIX}.get(form)
-    if suffix and output.suffix != suffix:
-        raise UserError(f"a file for --to {form} is named *{suffix}, not {output.name}")
-    return [output, constants_path(output)] if form == "openvino" else [output]
-
-
-def to_exact(loaded: LoadedNetwork, output: Path, image_size: int) -> None:
-    check_folding(loaded.model, image_size)
-    state = fold_scales(loaded.model).state_dict()
-    write_checkpoint(output, {"state_dict": state, **inference_content(loaded)})
-    check_written(loaded.model, load_network(output).model, [output], image_size)
-
-
-def to_packed(loaded: LoadedNetwork, output: Path, image_size: int, dtype: torch.dtype) -> None:
-    check_folding(loaded.model, image_size)
-    model = fold_scales(loaded.model)
-    binary = {f"{name}.weight" for name in binary_convolutions(model)}
-    write_packed(output, model.state_dict(), binary, inference_content(loaded), dtype)
-    check_written(loaded.model, load_network(output).model, [output], image_size)
-
-
-def to_engine(
-    loaded: LoadedNetwork, engine: str, files: list[Path], image_size: int, batch: int | None
-) -> None:
-    write, read = ENGINES[engine]
-    resize = round(loaded.val_resize * image_size / loaded.image_size)
-    write(loaded.model, files[0], image_size, batch, resize)
-    check_written(loaded.model, read(files[0]), files, image_size)
-
-
-def random_images(image_size: int, dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    shape = (CHECKED_IMAGES, 3, image_size, image_size)
-    return torch.randn(shape, generator=generator, dtype=dtype)
+def write_folded(loaded: LoadedNetwork, form: str, output: Path, dtype: torch.dtype) -> None:
+    """Write a network with weights of exactly -1 and +1, as `exact` or `packed`."""
+    model, content = fold_scales(loaded.model), inference_content(loaded)
+    if form == "exact":
+        write_checkpoint(output, {"state_dict": model.state_dict(), **content})
+    else:
+        binary = {f"{name}.weight" for name in binary_convolutions(model)}
+        packed.write_packed(output, model.state_dict(), binary, content, dtype)
 
 
 @torch.no_grad()
-def check_folding(model: nn.Module, image_size: int) -> None:
+def check_folding(model: nn.Module, images: Tensor) -> None:
     """Print how far folding moves a logit in float64, where no rounding flips a Sign."""
-    images = random_images(image_size, torch.float64)
-    exact_arithmetic = copy.deepcopy(model).double()
-    difference = fold_scales(exact_arithmetic)(images) - exact_arithmetic(images)
-    print(f"float64: logits of {len(images)} random images within {difference.abs().max():.1e}")
+    model, images = copy.deepcopy(model).double(), images.double()
+    difference = (fold_scales(model)(images) - model(images)).abs().max()
+    print(f"float64: logits of {len(images)} random images within {difference:.1e}")
 
 
 @torch.no_grad()
-def check_written(model: nn.Module, written: nn.Module, files: list[Path], image_size: int) -> None:
-    """Print how the written network answers beside the one it came from.
-
-    Raises:
-        UserError: it mostly predicts other classes; its files are removed.
-    """
-    images = random_images(image_size, torch.float32)
+def check_written(model: nn.Module, written: nn.Module, images: Tensor, files: list[Path]) -> None:
+    """Print whether the written network predicts as the one it came from; remove it if not."""
     expected, logits = model(images), written(images)
-    agree = int((expected.argmax(1) == logits.argmax(1)).sum())
-    print(
-        f"as written: {agree} of {len(images)} predictions equal,"
-        f" logits within {(expected - logits).abs().max():.1e}"
-    )
-    if agree < len(images) / 2:
+    equal = int((expected.argmax(1) == logits.argmax(1)).sum())
+    difference = (expected - logits).abs().max()
+    print(f"as written: {equal} of {len(images)} predictions equal, logits within {difference:.1e}")
+    if equal < len(images) / 2:
         for file in files:
             file.unlink()
-        raise UserError(f"{files[0]} answered differently and was removed: the engine is unsound")
+        raise UserError(f"{files[0]} predicts differently and was removed: the engine is faulty")
 
 
 if __name__ == "__main__":

@@ -1,58 +1,124 @@
-"""Parameters, operations and bytes of a network, by hooks on a forward pass.
+"""Count the parameters, operations and bytes of a network, by hooks on a forward pass.
 
     python scripts/count_ops.py reactnet_a [--image_size 224] [--format text|csv|json]
 
 FLOPs are multiply-accumulates of real convolutions and linear layers, BOPs those with both operands
-binary, OPs = FLOPs + BOPs / 64, for one image.  Packed bytes take 1 bit per binary weight and
-float32 for the other parameters; BN statistics are in neither size.
+binary, OPs = FLOPs + BOPs / 64 (Bi-Real Net and its successors), for one image.  Packed bytes take
+1 bit per binary weight and float32 for the other parameters; BN statistics are in neither size.
+--include_elementwise adds a FLOP per value of BN and PReLU, and per value that pooling reads.
 """
 
-import argparse
+import copy
 import csv
 import json
+import math
 import sys
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+from torch import Tensor, nn
+
 from models import build_model
-from utils.run.command_line import Parser, boolean, command
-from scripts.count_ops import LayerCount, count_layers, total
+from utils.binarize import BinaryConv2d, is_binary
+from utils.run.command_line import Parser, boolean, command, markdown_table, positive
 
 COLUMNS = ("parameters", "binary_weights", "flops", "bops", "ops", "float_bytes", "packed_bytes")
+BOPS_PER_OP = 64
+ELEMENTWISE = (nn.BatchNorm2d, nn.PReLU)
+POOLING = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 
 
-def parse() -> argparse.Namespace:
-    parser = Parser(__doc__)
-    parser.add_argument("name", help="network of models/")
-    parser.add_argument("--image_size", type=int, default=224, help="pixels, height and width")
-    parser.add_argument("--format", choices=("text", "csv", "json"), default="text")
-    parser.add_argument(
-        "--include_elementwise",
-        action="store_true",
-        help="add one FLOP per value for BN and PReLU, and per value read for pooling",
-    )
-    parser.add_argument("--num_classes", type=int, default=1000)
-    parser.add_argument("--width", type=float, default=1.0)
-    for flag in ("small_images", "binary_activations", "binary_weights"):
-        parser.add_argument(f"--{flag}", type=boolean, default=flag != "small_images")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class LayerCount:
+    """Counts of one layer, or of a whole network; operations are for one image."""
+
+    name: str
+    parameters: int
+    binary_weights: int
+    flops: int
+    bops: int
+
+    @property
+    def ops(self) -> float:
+        """OPs; an int where it is whole."""
+        ops = self.flops + self.bops / BOPS_PER_OP
+        return int(ops) if ops.is_integer() else ops
+
+    @property
+    def float_bytes(self) -> int:
+        return 4 * self.parameters
+
+    @property
+    def packed_bytes(self) -> int:
+        return math.ceil(self.binary_weights / 8) + 4 * (self.parameters - self.binary_weights)
+
+
+def count_layers(
+    model: nn.Module, image_size: int, include_elementwise: bool = False
+) -> list[LayerCount]:
+    """One `LayerCount` for each layer with parameters or operations, in the order of definition.
+
+    `include_elementwise` adds a FLOP per value of BN and PReLU, and per value that pooling reads.
+    """
+    operations: dict[nn.Module, tuple[int, int]] = {}  # FLOPs, BOPs
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        values = output[0].numel()
+        if isinstance(module, ELEMENTWISE):
+            operations[module] = values, 0
+        elif isinstance(module, nn.AdaptiveAvgPool2d):
+            operations[module] = inputs[0][0].numel(), 0
+        elif isinstance(module, POOLING):
+            operations[module] = values * module.kernel_size**2, 0
+        else:
+            macs = values * module.weight[0].numel()
+            both_binary = isinstance(module, BinaryConv2d) and is_binary(inputs[0])
+            operations[module] = (0, macs) if both_binary else (macs, 0)
+
+    counted = (nn.Conv2d, nn.Linear, *((ELEMENTWISE + POOLING) if include_elementwise else ()))
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, counted):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
+
+    counts = []
+    for name, module in model.named_modules():
+        parameters = sum(p.numel() for p in module.parameters(recurse=False))
+        if parameters or module in operations:
+            binary = module.weight.numel() if isinstance(module, BinaryConv2d) else 0
+            counts.append(LayerCount(name, parameters, binary, *operations.get(module, (0, 0))))
+    return counts
+
+
+def total(counts: list[LayerCount]) -> LayerCount:
+    """The sum over layers."""
+    summed = ("parameters", "binary_weights", "flops", "bops")
+    return LayerCount("total", *(sum(getattr(c, name) for c in counts) for name in summed))
 
 
 @command
 def main() -> None:
-    arguments = parse()
-    model = build_model(
-        arguments.name,
-        num_classes=arguments.num_classes,
-        width=arguments.width,
-        small_images=arguments.small_images,
-        binary_activations=arguments.binary_activations,
-        binary_weights=arguments.binary_weights,
-    )
+    parser = Parser(__doc__)
+    parser.add_argument("name", help="network of models/")
+    parser.add_argument("--image_size", type=positive, default=224, help="pixels, height and width")
+    parser.add_argument("--format", choices=("text", "csv", "json"), default="text")
+    parser.add_argument("--include_elementwise", action="store_true", help="BN, PReLU, pooling too")
+    parser.add_argument("--num_classes", type=positive, default=1000)
+    parser.add_argument("--width", type=float, default=1.0)
+    parser.add_argument("--small_images", type=boolean, default=False)
+    parser.add_argument("--binary_activations", type=boolean, default=True)
+    parser.add_argument("--binary_weights", type=boolean, default=True)
+    arguments = parser.parse_args()
+    options = ("num_classes", "width", "small_images", "binary_activations", "binary_weights")
+    model = build_model(arguments.name, **{name: getattr(arguments, name) for name in options})
     counts = count_layers(model, arguments.image_size, arguments.include_elementwise)
-    rows = [row(count) for count in (*counts, total(counts))]
+    counts.append(total(counts))
+    rows = [{name: getattr(count, name) for name in ("name", *COLUMNS)} for count in counts]
     if arguments.format == "json":
         print(json.dumps(rows, indent=1))
     elif arguments.format == "csv":
@@ -60,16 +126,8 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     else:
-        print(f"{'layer':32}" + "".join(f"{name:>16}" for name in COLUMNS))
-        for values in rows:
-            cells = "".join(f"{values[name]:>16,}" for name in COLUMNS)
-            print(f"{values['name']:32}{cells}")
-
-
-def row(count: LayerCount) -> dict:
-    ops = int(count.ops) if count.ops == int(count.ops) else count.ops
-    sizes = {"float_bytes": count.float_bytes, "packed_bytes": count.packed_bytes}
-    return asdict(count) | {"ops": ops} | sizes
+        cells = [[name, *(f"{n:,}" for n in numbers)] for name, *numbers in map(dict.values, rows)]
+        print(markdown_table([["layer", *COLUMNS], *cells]))
 
 
 if __name__ == "__main__":

@@ -3,4 +3,4 @@
 #   bash scripts/quickstart.sh [--option value ...]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt
-bash "$root/scripts/two_steps.sh" "$root/scripts/quickstart.yaml" "$@"
+bash "$root/scripts/train_two_steps.sh" "$root/scripts/quickstart.yaml" "$@"

@@ -1,4 +1,4 @@
-"""What came of several runs: a table of accuracy, size and operations, and their curves.
+"""Compare runs: print a table of accuracy, size and operations, and draw their curves.
 
 python scripts/summarize.py --picture curves.png NAME=RUN_FOLDER ...
 """
@@ -8,19 +8,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from models.checkpoints import load_network
-from utils.checkpoint.checkpoint import BEST
-from utils.run.command_line import Parser, command
-from utils.run.errors import UserError
-from utils.checkpoint.files import atomic_write
-from utils.run.command_line import print_table
 from scripts.count_ops import count_layers, total
+from utils.checkpoint.checkpoint import BEST
+from utils.checkpoint.files import atomic_write
+from utils.run.command_line import Parser, command, markdown_table
+from utils.run.errors import UserError
 from utils.run.logging import read_records
 
 HEADER = ("", "top-1 %", "best epoch", "parameters", "binary", "float32 KB", "packed KB", "MOPs")
@@ -43,22 +39,20 @@ def table_row(name: str, folder: Path) -> tuple[str, ...]:
 
 
 def draw_curves(runs: dict[str, Path], picture: Path) -> None:
-    """Loss and top-1 by epoch; validation as a line, training as a dashed one."""
-    figure, (losses, accuracies) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle("line: validation on labels; dashed: training, the loss as minimized")
+    losses, accuracies = figure.subplots(1, 2)
+    losses.set(xlabel="epoch", ylabel="loss")
+    accuracies.set(xlabel="epoch", ylabel="top-1 %")
     for index, (name, folder) in enumerate(runs.items()):
         records = read_records(folder)
         epochs = [record["epoch"] for record in records]
         for axes, key in ((losses, "loss"), (accuracies, "top1")):
-            for split, style in (("val", "-"), ("train", "--")):
-                values = [record[f"{split}_{key}"] for record in records]
-                label = name if split == "val" else None
-                axes.plot(epochs, values, style, color=f"C{index}", label=label)
-    losses.set(xlabel="epoch", ylabel="loss")
-    accuracies.set(xlabel="epoch", ylabel="top-1 %")
-    losses.set_title("validation on labels (line), training as minimized (dashed)", fontsize=9)
-    accuracies.set_title("validation (line), training (dashed)", fontsize=9)
-    for axes in (losses, accuracies):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            val = [record[f"val_{key}"] for record in records]
+            train = [record[f"train_{key}"] for record in records]
+            axes.plot(epochs, val, "-", color=f"C{index}", label=name)
+            axes.plot(epochs, train, "--", color=f"C{index}")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     accuracies.legend()
     picture.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(picture, lambda file: figure.savefig(file, format="png", dpi=120))
@@ -76,7 +70,7 @@ def main() -> None:
         if not separator:
             raise UserError(f"give each run as NAME=RUN_FOLDER, not {run!r}")
         runs[name] = Path(folder)
-    print_table([HEADER, *(table_row(name, folder) for name, folder in runs.items())])
+    print(markdown_table([HEADER, *(table_row(name, folder) for name, folder in runs.items())]))
     draw_curves(runs, arguments.picture)
     print(f"curves: {arguments.picture}")
 

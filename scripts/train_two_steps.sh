@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # The whole path at small scale: a real-valued teacher, step 1, step 2, and what came of them.
-#   bash scripts/two_steps.sh CONFIG.yaml [--option value ...]     (options go to all three runs)
+#   bash scripts/train_two_steps.sh CONFIG.yaml [--option value ...]   (options go to all three runs)
 # The runs are named after the file: step1/out/NAME-teacher, step1/out/NAME, step2/out/NAME.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-[ $# -ge 1 ] || { echo "usage: bash scripts/two_steps.sh CONFIG.yaml [--option value ...]" >&2; exit 2; }
+[ $# -ge 1 ] || { echo "usage: bash scripts/train_two_steps.sh CONFIG.yaml [--option value ...]" >&2; exit 2; }
 config=$1; shift
 name="$(basename "$config" .yaml)"
 teacher="$root/step1/out/$name-teacher"

@@ -6,20 +6,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from process import Result
 
 from step1.train import main as step1_main
 from step2.train import main as step2_main
 from utils.data.shapes import draw_set
+from utils.run.config import FIELDS
+from utils.run.distributed import DistEnv
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
+STEP1, STEP2 = ROOT / "step1" / "config.yaml", ROOT / "step2" / "config.yaml"
+CPU = torch.device("cpu")
 # On networks this small threads, also those of the programs that tests start, only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 CLASSES = ("bars", "disc", "star")
 TRAIN, VAL = 8, 5  # images of each class
+ITERATIONS = 3  # of an epoch of the smallest run
 # The smallest run of either step: 3 batches an epoch on a network of width 1/32.
 TINY = {
     "image_size": 16,
@@ -31,6 +39,8 @@ TINY = {
     "workers": 0,
     "teacher": "none",
 }
+# Step 2 without step 1, at a rate that flips signs in every epoch.
+FROM_SCRATCH = {"init_from": "none", "latent_init": "symmetric", "learning_rate": 0.01}
 
 
 def write_images(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
@@ -44,22 +54,27 @@ def image_folder(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
 
 
-class Run:
-    """How a training program ended: exit code and what it printed."""
-
-    def __init__(self, code: int, out: str, err: str):
-        self.code, self.out, self.err = code, out, err
-
-    def assert_one_sentence(self, *words: str) -> None:
-        """It failed with one line on stderr that holds all `words`, and no traceback."""
-        assert self.code != 0
-        assert self.err.startswith("error: ") and self.err.count("\n") == 1, self.err
-        assert "Traceback" not in self.out + self.err
-        for word in words:
-            assert word in self.err, self.err
+@pytest.fixture
+def own_images(tmp_path) -> Path:
+    """A folder of images for a test to change."""
+    return write_images(tmp_path / "images")
 
 
-def run_main(main: Callable[[], None], arguments: list[str], monkeypatch, capsys) -> Run:
+def command_line(options: dict[str, Any]) -> list[str]:
+    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
+
+
+def config_with(**options: Any) -> SimpleNamespace:
+    """A configuration at its defaults, for functions that take only some fields of it."""
+    defaults = {name: field.default for name, field in FIELDS.items()}
+    return SimpleNamespace(**{**defaults, "learning_rate": 1e-3, "weight_decay": 0.0, **options})
+
+
+def dist_env(rank: int = 0, world_size: int = 1) -> DistEnv:
+    return DistEnv(rank, rank, world_size, CPU)
+
+
+def run_main(main: Callable[[], None], arguments: list[str], monkeypatch, capsys) -> Result:
     """Run a program in this process and catch how it ends."""
     monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
     capsys.readouterr()
@@ -68,15 +83,14 @@ def run_main(main: Callable[[], None], arguments: list[str], monkeypatch, capsys
         main()
     except SystemExit as exit:
         code = exit.code
-    out, err = capsys.readouterr()
-    return Run(code, out, err)
+    return Result(code, *capsys.readouterr())
 
 
 @pytest.fixture
-def run_script(monkeypatch, capsys) -> Callable[..., Run]:
+def run_script(monkeypatch, capsys) -> Callable[..., Result]:
     """Run `scripts/NAME.py` with the arguments given."""
 
-    def run(name: str, *arguments) -> Run:
+    def run(name: str, *arguments) -> Result:
         main = importlib.import_module(f"scripts.{name}").main
         return run_main(main, list(arguments), monkeypatch, capsys)
 
@@ -84,17 +98,12 @@ def run_script(monkeypatch, capsys) -> Callable[..., Run]:
 
 
 @pytest.fixture
-def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Run]:
+def run_step(monkeypatch, capsys, tmp_path, image_folder) -> Callable[..., Result]:
     """Run `step` 1 or 2 with the options TINY, those given laid over them; None drops one."""
 
-    def run(step: int, *flags: str, **options) -> Run:
+    def run(step: int, *flags: str, **options) -> Result:
         values = {**TINY, "data": image_folder, "save": tmp_path / f"step{step}", **options}
-        arguments = [
-            text
-            for name, value in values.items()
-            if value is not None
-            for text in (f"--{name}", value)
-        ]
+        arguments = command_line({k: v for k, v in values.items() if v is not None})
         main = step1_main if step == 1 else step2_main
         return run_main(main, [*arguments, *flags], monkeypatch, capsys)
 

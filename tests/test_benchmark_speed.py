@@ -4,18 +4,19 @@ import json
 
 import pytest
 
-from scripts.benchmark_speed import described, limits, rates
+from scripts.benchmarks.report import as_markdown, limits
+from scripts.benchmarks.timing import rates
 
 
 def row(what: str = "step") -> dict:
-    kept = {"saved for backward, MiB/image": {"composed": 4.0, "ours": 2.0}}
+    saved = {"saved for backward, MiB/image": {"reference": 4.0, "ours": 2.0}}
     return {
         "what": what,
         "case": "float32",
         "precision": "float32",
         "batch": 8,
-        "seconds": {"composed": [4.0, 2.0, 1.0], "ours": [1.0, 2.0, 0.5]},
-        "notes": kept if what == "step" else {},
+        "seconds": {"reference": [4.0, 2.0, 1.0], "ours": [1.0, 2.0, 0.5]},
+        "notes": saved if what == "step" else {},
     }
 
 
@@ -34,12 +35,12 @@ def results(**changes) -> dict:
         "memory_bytes_per_second": 90 * 2**20,
         "rows": [row(), row("evaluation")],
         "loading": [
-            {"what": "loader", "images": 64, "seconds": {"composed": [0.2], "other": [0.1]}}
+            {"what": "loader", "images": 64, "seconds": {"reference": [0.2], "other": [0.1]}}
         ],
     } | changes
 
 
-def test_a_step_multiplies_three_times_and_moves_what_it_keeps_and_the_weights():
+def test_a_step_multiplies_three_times_and_moves_what_it_saves_and_the_weights():
     bound = limits(row(), results())
     assert bound["arithmetic"] == 1000
     # 2 MiB are written and read; 40 bytes for each of 2^20 parameters are shared by 8 images.
@@ -52,18 +53,21 @@ def test_an_evaluation_multiplies_once_and_a_teacher_adds_to_a_step_alone():
 
 
 def test_rates_are_low_median_and_high():
-    assert rates(row(), 8) == {"composed": [2.0, 4.0, 8.0], "ours": [4.0, 8.0, 16.0]}
+    assert rates([4.0, 2.0, 1.0], 8) == (2.0, 4.0, 8.0)
+    assert rates([1.0, 2.0, 0.5], 8) == (4.0, 8.0, 16.0)
 
 
-def test_table_and_picture_come_from_the_results(run_script, tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(results()))
-    redrawn = run_script("benchmark_speed", "--output", tmp_path, "--redraw")
+@pytest.mark.parametrize("name", ["reference", "composed"])  # today's, and that of older results
+def test_table_and_picture_come_from_the_results(run_script, tmp_path, name):
+    content = json.dumps(results()).replace('"reference"', f'"{name}"')
+    (tmp_path / "results.json").write_text(content)
+    redraw = ("benchmarks.__main__", "speed", "--output", tmp_path, "--redraw")
+    redrawn = run_script(*redraw)
     assert redrawn.code == 0, redrawn.err
     table = (tmp_path / "table.md").read_text()
-    assert table == described(results())
+    assert table == as_markdown(results())
     assert "8.0 (4.0 to 16.0)" in table and "2.00" in table and "80 %" in table
-    assert "640 (640 to 640)" in table
+    assert "640.0 (640.0 to 640.0)" in table
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "results.json").write_text("{}")
-    redrawn = run_script("benchmark_speed", "--output", tmp_path, "--redraw")
-    redrawn.assert_one_sentence("missing or damaged", "--redraw")
+    run_script(*redraw).assert_one_sentence("missing or damaged", "--redraw")

@@ -1,19 +1,29 @@
-"""Checkpoints: whole or absent, data only, strict."""
+"""Checkpoint files: written whole or not at all, intact or refused, data only, loaded strictly."""
 
 import hashlib
 import os
 import pickle
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compare import difference
+from conftest import ROOT
 
 from models import build_model
-from models.teacher import load_teacher
-from utils.checkpoint.checkpoint import Checkpoint, load_strictly, read_checkpoint, atomic_write
+from utils.checkpoint.checkpoint import (
+    NEWEST,
+    Checkpoint,
+    load_strictly,
+    read_checkpoint,
+    write_checkpoint,
+)
+from utils.checkpoint.files import LOCK, UNFINISHED, atomic_write
+from utils.checkpoint.seal import is_intact
 from utils.run.errors import UserError
-
-CPU = torch.device("cpu")
 
 
 def tiny(**options):
@@ -47,18 +57,6 @@ def test_a_file_is_replaced_and_never_rewritten_in_place(tmp_path):
         assert reader.read() == b"old"
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_under_torch_save_is_one_sentence(tmp_path):
-    def save_to_a_full_disk(_):
-        with Path("/dev/full").open("wb") as full:
-            torch.save({"a": torch.zeros(10**6)}, full)
-
-    with pytest.raises(UserError, match="cannot write") as caught:
-        atomic_write(tmp_path / "x", save_to_a_full_disk)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
 
 
 class Hostile:
@@ -110,12 +108,6 @@ def test_data_without_a_state_dict_is_no_checkpoint(tmp_path, content):
         read_checkpoint(save(tmp_path / "file", content))
 
 
-def test_an_epoch_that_is_no_number_is_one_sentence(tmp_path):
-    content = {"state_dict": tiny().state_dict(), "epoch": "three"}
-    with pytest.raises(UserError, match="its epoch is not a number"):
-        str(read_checkpoint(save(tmp_path / "file", content)))
-
-
 def test_text_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path):
     (tmp_path / "text").write_text("hello, this is not a checkpoint")
     for path, words in (
@@ -127,105 +119,79 @@ def test_text_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path):
             read_checkpoint(path)
 
 
-LAYOUTS = {
-    "state dict alone": lambda state: state,
-    "released layout": lambda state: {
+def test_a_loaded_checkpoint_is_described_in_one_line(tmp_path):
+    state = tiny().state_dict()
+    released = {
         "epoch": 7,
         "state_dict": {f"module.{key}": value for key, value in state.items()},
         "best_top1_acc": torch.tensor(71.438),
-        "optimizer": {},
-    },
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_other_layouts_load_strictly_and_are_told(tmp_path, layout):
-    state = tiny().state_dict()
-    checkpoint = read_checkpoint(save(tmp_path / "file", LAYOUTS[layout](state)))
-    other = tiny()
-    load_strictly(other, checkpoint)
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
-    assert checkpoint.layout == layout and layout in str(checkpoint)
-
-
-def test_what_was_loaded_is_told(tmp_path):
-    state = tiny().state_dict()
-    path = save(tmp_path / "file", LAYOUTS["released layout"](state))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    told = str(read_checkpoint(path))
-    assert told == f"{path} (released layout, epoch 7, top-1 71.44 %, sha256 {digest}...)"
-    assert "unknown epoch, unknown top-1" in str(read_checkpoint(save(path, state)))
-
-
-def test_flat_kernels_of_the_older_layout_load(tmp_path):
-    state = tiny().state_dict()
-    older = {
-        f"{key}s" if "binary" in key else key: value.reshape(-1, 1) if "binary" in key else value
-        for key, value in state.items()
     }
-    other = tiny()
-    load_strictly(other, read_checkpoint(save(tmp_path / "file", {"state_dict": older})))
-    assert all(torch.equal(value, other.state_dict()[key]) for key, value in state.items())
+    path = save(tmp_path / "file", released)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    description = str(read_checkpoint(path))
+    assert description == f"{path} (released layout, epoch 7, top-1 71.44 %, sha256 {digest}...)"
+    assert "unknown epoch, unknown top-1" in str(read_checkpoint(save(path, state)))
+    early = {"state_dict": state, "epoch": -1}
+    assert "within the first epoch" in str(read_checkpoint(save(path, early)))
 
 
-def held(state: dict) -> Checkpoint:
-    return Checkpoint(Path("file"), "state dict alone", state, {})
-
-
-def test_strict_loading_names_missing_left_over_and_misshapen_keys():
+def test_strict_loading_names_the_keys_that_do_not_fit_and_changes_no_weight():
+    model = tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     state = tiny().state_dict()
     del state["fc.bias"]
     state["feature.14.bias"] = torch.zeros(1)
     state["fc.weight"] = torch.zeros(10, 32)
     with pytest.raises(UserError) as caught:
-        load_strictly(tiny(), held(state))
+        load_strictly(model, Checkpoint(Path("file"), "state dict alone", state, {}))
     assert str(caught.value).startswith(
         "file does not fit this ReActNetA: it lacks 1 tensors (fc.bias)"
         " and has left over 1 tensors (feature.14.bias)"
         " and has another shape for 1 tensors (fc.weight (10, 32) instead of (3, 32))"
     )
+    assert not difference(model.state_dict(), before)
 
 
-def test_a_refused_state_changes_no_weight():
-    model = tiny()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    state = tiny().state_dict()
-    del state["fc.bias"]
-    with pytest.raises(UserError):
-        load_strictly(model, held(state))
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+def test_a_second_run_on_a_folder_is_refused_until_the_first_is_dead(run_step, tmp_path):
+    folder = tmp_path / "step1"
+    program = (
+        "import sys; from pathlib import Path; from utils.checkpoint.files import lock_directory\n"
+        f"with lock_directory(Path({str(folder)!r})): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as holder:
+        assert holder.stdout.readline() == b"locked\n"
+        leftover = folder / f".{NEWEST}{UNFINISHED}"
+        leftover.write_bytes(b"half a checkpoint")
+        run_step(1).assert_one_sentence(f"{folder} is in use by another run", "--save")
+        assert {path.name for path in folder.iterdir()} == {LOCK, leftover.name}
+        holder.kill()
+        holder.wait()
+    assert run_step(1, epochs=1).code == 0
+    assert [path.name for path in folder.glob(".*")] == [LOCK]
 
 
-def test_no_teacher_and_unknown_teachers():
-    assert load_teacher(None, None, 3, 32, CPU) is None
-    with pytest.raises(UserError, match="neither a torchvision network, nor a checkpoint"):
-        load_teacher("resnet35", None, 3, 32, CPU)
+def test_no_flipped_byte_and_no_cut_of_a_checkpoint_goes_unseen(tmp_path):
+    path = tmp_path / "file"
+    write_checkpoint(path, {"state_dict": {"weight": torch.arange(500.0)}, "epoch": 1})
+    whole = path.read_bytes()
+    assert is_intact(path) and read_checkpoint(path).epoch == 1
+    chosen = random.Random(0)
+    ends = range(len(whole) - 110, len(whole))  # the archive's end record and the seal
+    for offset in [*range(0, 8), *chosen.sample(range(len(whole)), 150), *ends]:
+        flipped = bytearray(whole)
+        flipped[offset] ^= 1 << chosen.randrange(8)
+        for damaged in (flipped, whole[:offset]):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError) as caught:
+                read_checkpoint(path)
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_torchvision_teacher_from_a_file_is_frozen_and_in_eval_mode(tmp_path):
-    from torchvision.models import resnet18
-
-    reference = resnet18(num_classes=3)
-    path = save(tmp_path / "resnet18.pth", reference.state_dict())
-    teacher = load_teacher("resnet18", str(path), 3, 32, CPU)
-    images = torch.randn(2, 3, 32, 32)
-    assert torch.equal(teacher(images), reference.eval()(images))
-    assert not teacher.training
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    with pytest.raises(UserError, match="has 3 classes and the data 10"):
-        load_teacher("resnet18", str(path), 10, 32, CPU)
-    with pytest.raises(UserError, match="does not fit this ResNet"):
-        load_teacher("resnet34", str(path), 3, 32, CPU)
-
-
-def test_a_failed_download_names_the_option_for_a_file(monkeypatch):
-    from urllib.error import URLError
-
-    import torchvision
-
-    def no_network(name, weights):
-        raise URLError("no network")
-
-    monkeypatch.setattr(torchvision.models, "get_model", no_network)
-    with pytest.raises(UserError, match="pass --teacher_checkpoint"):
-        load_teacher("resnet34", None, 1000, 32, CPU)
+def test_a_file_of_another_program_has_no_seal_and_loads(tmp_path):
+    path = tmp_path / "file"
+    for zipped in (True, False):
+        content = {"state_dict": {"weight": torch.zeros(3)}}
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        assert read_checkpoint(path).state["weight"].tolist() == [0, 0, 0]

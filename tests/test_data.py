@@ -1,38 +1,31 @@
-"""Transforms, sampling and augmentation, the built-in images, and folders that cannot be used."""
+"""Transforms, sampling and augmentation, and the built-in images."""
 
 from dataclasses import replace
-from pathlib import Path
 
-import composed
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, TRAIN, VAL, write_images
+from conftest import CLASSES, STEP1, TRAIN, VAL, dist_env
 from PIL import Image
 from torchvision import transforms
 
-from utils import data
-from utils.run.command_line import one_sentence
-from utils.run.config import parse_config
-from utils.data import (
-    Lighting,
-    SeededDataset,
-    EpochBatchSampler,
-    normalize_batch,
-    open_images,
-    train_loader,
-    val_loader,
-)
-from utils.run.distributed import DistEnv
-from utils.run.errors import UserError
+from utils.data.dataset import SeededDataset, open_train_images, open_val_images
+from utils.data.image_folder import ImageFolder
+from utils.data.loader import EpochBatchSampler, build_loaders, val_batches
+from utils.data.reference import train_transform
 from utils.data.shapes import SHAPES, SIZE, draw_shape, write_shapes
+from utils.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Lighting,
+    TrainTransform,
+    ValTransform,
+    normalize_batch,
+)
+from utils.run.config import parse_config
+from utils.run.errors import UserError
 
 LIGHTING_SCALES = {"released": 1.0, "textbook": 255.0}
-STEP1 = Path(__file__).parents[1] / "step1" / "config.yaml"
-
-
-def process(rank: int = 0, world_size: int = 1) -> Process:
-    return DistEnv(rank, rank, world_size, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -64,9 +57,9 @@ def test_textbook_lighting_has_the_published_standard_deviation():
 @pytest.mark.parametrize("lighting", ["released", "textbook"])
 def test_what_the_network_sees_is_what_the_released_order_of_transforms_gives(config, lighting):
     config = replace(config, lighting=lighting)
-    transform = data.TrainTransform(config)
+    transform = TrainTransform(config)
     scale = LIGHTING_SCALES[lighting]
-    whole = composed.train_transform(config.image_size, config.crop_scale, scale)
+    whole = train_transform(config.image_size, config.crop_scale, scale)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 40, 3), np.uint8)
     pixels[0], pixels[1] = 0, 255
     for seed, image in enumerate(map(Image.fromarray, pixels)):
@@ -77,11 +70,11 @@ def test_what_the_network_sees_is_what_the_released_order_of_transforms_gives(co
 
 
 def test_without_lighting_bytes_stay_as_they_are(config):
-    assert data.TrainTransform(replace(config, lighting="none")).lighting().tolist() == [0, 0, 0]
+    assert TrainTransform(replace(config, lighting="none")).lighting().tolist() == [0, 0, 0]
 
 
 def test_default_validation_is_resize_256_crop_224_and_no_noise():
-    transform = data.ValTransform(parse_config(STEP1, []))
+    transform = ValTransform(parse_config(STEP1, []))
     assert (transform.resize.size, transform.crop.size) == (256, (224, 224))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8))
     whole = transforms.Compose(
@@ -89,7 +82,7 @@ def test_default_validation_is_resize_256_crop_224_and_no_noise():
             transforms.Resize(256),
             transforms.CenterCrop(224),
             transforms.ToTensor(),
-            transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
         ]
     )
     ours = normalize_batch(*(part[None] for part in transform(image)))[0]
@@ -98,9 +91,8 @@ def test_default_validation_is_resize_256_crop_224_and_no_noise():
 
 def batches_of(config, workers: int, epoch: int, rank: int = 0, world_size: int = 1):
     config = replace(config, workers=workers)
-    images, _ = open_images(config, process())
-    loader = train_loader(images, config, process(rank, world_size))
-    loader.batch_sampler.epoch = epoch
+    loader, _ = build_loaders(config, dist_env(rank, world_size))
+    loader.set_epoch(epoch)
     return list(loader)
 
 
@@ -110,18 +102,10 @@ def test_order_and_augmentation_do_not_depend_on_the_number_of_workers(config):
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
 
 
-def test_order_and_augmentation_change_with_epoch_and_seed(config):
-    images = [
-        batches_of(replace(config, seed=seed), 0, epoch)[0][0]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
-
-
 def test_order_is_drawn_from_seed_and_epoch():
     def order(seed: int, epoch: int) -> list:
         batches = EpochBatchSampler(24, 8, seed, rank=0, world_size=1)
-        batches.epoch = epoch
+        batches.set_epoch(epoch)
         return [index for batch in batches for _, index in batch]
 
     assert order(0, 0) == order(0, 0)
@@ -160,33 +144,32 @@ def test_all_processes_take_the_same_number_of_batches_and_none_is_empty(length)
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_validation_deals_out_each_image_once_in_batches_that_stay_the_same(world_size):
-    dealt = [data.val_batches(21, 8, rank, world_size) for rank in range(world_size)]
+    dealt = [val_batches(21, 8, rank, world_size) for rank in range(world_size)]
     batches = sorted(batch for share in dealt for batch in share)
-    assert batches == data.val_batches(21, 8, 0, 1)
+    assert batches == val_batches(21, 8, 0, 1)
     assert [index for batch in batches for _, index in batch] == list(range(21))
 
 
 def test_both_splits_are_read_whole(config):
-    train, val = open_images(config, process())
-    assert (len(train), len(val)) == (len(CLASSES) * TRAIN, len(CLASSES) * VAL)
-    assert sum(len(labels) for _, labels in val_loader(val, config, process())) == len(val)
+    for loader, per_class in zip(build_loaders(config, dist_env()), (TRAIN, VAL), strict=True):
+        count = sum(len(labels) for _, labels in loader)
+        assert count == len(loader.dataset) == len(CLASSES) * per_class
 
 
 def test_a_number_per_class_takes_the_first_images_of_each_class(config):
-    train, val = open_images(replace(config, train_per_class=3, val_per_class=2), process())
-    assert [train.chosen, val.chosen] == [
+    loaders = build_loaders(replace(config, train_per_class=3, val_per_class=2), dist_env())
+    assert [loader.dataset.chosen for loader in loaders] == [
         [first + i for first in range(0, len(CLASSES) * images, images) for i in range(count)]
         for images, count in ((TRAIN, 3), (VAL, 2))
     ]
-    labels = [label for batch in train_loader(train, config, process()) for label in batch[1]]
-    assert sorted(map(int, labels)) == [0] * 3 + [1] * 3 + [2] * 3
+    labels = torch.cat([labels for _, labels in loaders[0]])
+    assert sorted(labels.tolist()) == [0] * 3 + [1] * 3 + [2] * 3
 
 
-def test_validation_folder_may_have_another_name(config, tmp_path):
-    folder = write_images(tmp_path / "images")
-    (folder / "val").rename(folder / "test")
-    _, val = open_images(replace(config, data=str(folder), val_dir="test"), process())
-    assert len(val) == len(CLASSES) * VAL
+def test_validation_folder_may_have_another_name(config, own_images):
+    (own_images / "val").rename(own_images / "test")
+    config = replace(config, data=str(own_images), val_dir="test")
+    assert len(open_val_images(config, dist_env())) == len(CLASSES) * VAL
 
 
 def test_built_in_drawings_are_the_same_every_time_and_differ_from_each_other():
@@ -203,11 +186,11 @@ def test_built_in_drawings_are_the_same_every_time_and_differ_from_each_other():
 def test_built_in_images_are_written_once_as_an_image_folder(config, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.shapes._SPLITS", {"train": 2, "val": 1})
     config = replace(config, data="shapes", cache_dir=str(tmp_path))
-    train, val = open_images(config, process())
+    train, val = open_train_images(config, dist_env()), open_val_images(config, dist_env())
     assert train.classes == list(SHAPES) and (len(train), len(val)) == (20, 10)
     assert train.images[0][0].size == (SIZE, SIZE)
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
-    open_images(config, process())
+    open_train_images(config, dist_env())
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")} == written
 
 
@@ -218,19 +201,32 @@ def test_interrupted_drawing_leaves_no_folder(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_undecodable_image_is_named_also_from_a_worker(config, tmp_path):
-    folder = write_images(tmp_path / "images")
-    (folder / "train" / "disc" / "3.png").write_bytes(b"no image")
-    for workers in (0, 1):
-        with pytest.raises(UserError) as caught:
-            batches_of(replace(config, data=str(folder)), workers, epoch=0)
-        sentence = one_sentence(caught.value)
-        assert sentence.startswith(f"cannot decode image {folder}/train/disc/3.png")
-        assert "\n" not in sentence
-
-
 def test_transform_must_use_torchs_generator_to_be_repeatable(image_folder):
-    folder = data.ImageFolder(image_folder / "train")
+    folder = ImageFolder(image_folder / "train")
     images = SeededDataset(folder, lambda _: (torch.rand(2), torch.zeros(3)), 7)
     assert torch.equal(images[1, 2][0], images[1, 2][0])
     assert not torch.equal(images[1, 2][0], images[2, 2][0])
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused(config):
+    config = replace(config, batch_size=9)
+    with pytest.raises(UserError, match="batch_size 9 is the global batch and cannot be divided"):
+        build_loaders(config, dist_env(world_size=2))
+
+
+def test_fewer_images_than_processes_are_refused(config):
+    config = replace(config, train_per_class=1)
+    with pytest.raises(UserError, match="3 training images are fewer than the 4 processes"):
+        build_loaders(config, dist_env(world_size=4))
+
+
+def test_a_position_in_an_epoch_gives_the_batches_from_there_on(config):
+    whole = batches_of(config, 0, epoch=2)
+    loader, _ = build_loaders(config, dist_env())
+    loader.set_epoch(2, start_batch=1)
+    for (images, labels), (rest, rest_labels) in zip(whole[1:], loader, strict=True):
+        assert torch.equal(images, rest) and torch.equal(labels, rest_labels)
+    loader.set_epoch(3)
+    assert len(list(loader)) == len(whole) == len(loader)
+    seen = [index for batch in range(len(whole)) for index in loader.image_indices(batch)]
+    assert sorted(seen) == list(range(len(loader.dataset)))

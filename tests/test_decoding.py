@@ -1,6 +1,5 @@
 """Decoders of training images, which give the same bytes, and resizing, which may differ by 2."""
 
-import io
 import json
 import random
 import sys
@@ -10,25 +9,31 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, write_images
+from conftest import CLASSES, STEP1, dist_env
 from PIL import Image
+from torchvision import transforms
 
-from utils import data
+from utils.data.dataset import open_train_images, open_val_images
+from utils.data.decode import CroppedImage, whole_image
+from utils.data.loader import train_loader
+from utils.data.transforms import Lighting, TrainTransform
 from utils.run.command_line import one_sentence
 from utils.run.config import parse_config
-from utils.data import SeededDataset, TrainTransform, open_images, open_train_images, train_loader
-from utils.data.decode import CroppedImage, whole_image
-from utils.run.distributed import DistEnv
 from utils.run.errors import UserError
 
-STEP1 = Path(__file__).parents[1] / "step1" / "config.yaml"
-ALONE = DistEnv(0, 0, 1, torch.device("cpu"))
-DECODERS = ["pil", "nvimagecodec"]
+READERS = {"pil": whole_image, "nvimagecodec": CroppedImage}
 
 
 @pytest.fixture
 def codec():
     return pytest.importorskip("nvidia.nvimgcodec")
+
+
+@pytest.fixture(params=READERS)
+def decoder(request):
+    if request.param != "pil":
+        pytest.importorskip("nvidia.nvimgcodec")
+    return request.param
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -66,18 +71,17 @@ def write_all_kinds(folder: Path) -> None:
 
 
 @pytest.fixture
-def config(tmp_path):
-    folder = write_images(tmp_path / "images")
-    write_all_kinds(folder / "train" / CLASSES[0])
+def config(own_images):
+    write_all_kinds(own_images / "train" / CLASSES[0])
     small = ["--image_size", "24", "--val_resize", "24", "--batch_size", "8", "--workers", "0"]
-    return parse_config(STEP1, ["--data", str(folder), *small])
+    return parse_config(STEP1, ["--data", str(own_images), *small])
 
 
 def epochs(config, count: int) -> list[torch.Tensor]:
-    loader = train_loader(open_train_images(config, ALONE), config, ALONE)
+    loader = train_loader(open_train_images(config, dist_env()), config, dist_env())
     batches = []
     for epoch in range(count):
-        loader.batch_sampler.epoch = epoch
+        loader.set_epoch(epoch)
         batches += [part for batch in loader.loader for part in batch]
     return batches
 
@@ -88,8 +92,7 @@ def test_every_decoder_gives_the_same_bytes_shifts_and_labels(codec, config, wor
     config = replace(config, resize=resize)
     released = epochs(config, 6)
     others = epochs(replace(config, decoder="nvimagecodec", workers=workers), 6)
-    for expected, found in zip(released, others, strict=True):
-        assert torch.equal(expected, found)
+    assert len(released) == len(others) and all(map(torch.equal, released, others))
 
 
 def test_any_region_of_a_jpeg_has_the_pixels_of_the_whole(codec, tmp_path):
@@ -104,8 +107,8 @@ def test_any_region_of_a_jpeg_has_the_pixels_of_the_whole(codec, tmp_path):
         for _ in range(4):
             left, top = draws.randrange(width), draws.randrange(height)
             box = (left, top, draws.randint(left + 1, width), draws.randint(top + 1, height))
-            found = np.asarray(CroppedImage(path).crop(box))
-            assert np.array_equal(found, np.asarray(whole.crop(box))), (mode, options, box)
+            region = np.asarray(CroppedImage(path).crop(box))
+            assert np.array_equal(region, np.asarray(whole.crop(box))), (mode, options, box)
 
 
 def test_most_jpegs_are_decoded_by_region(codec, tmp_path, monkeypatch):
@@ -120,21 +123,18 @@ def test_most_jpegs_are_decoded_by_region(codec, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
 def test_the_released_transforms_of_a_jpeg_are_met_to_the_bit(config, tmp_path, decoder):
-    if decoder != "pil":
-        pytest.importorskip("nvidia.nvimgcodec")
     path = tmp_path / "image.jpg"
     noise(500, 375).save(path, quality=92)
     config = replace(config, decoder=decoder, image_size=224, val_resize=224)
-    crop = data.transforms.RandomResizedCrop(224, scale=(0.08, 1.0))
+    crop = transforms.RandomResizedCrop(224, scale=(0.08, 1.0))
     for seed in range(20):
         torch.manual_seed(seed)
-        pixels, _ = TrainTransform(config)(data._reader(decoder)(str(path)))
+        pixels, _ = TrainTransform(config)(READERS[decoder](path))
         torch.manual_seed(seed)
         released = crop(Image.open(path).convert("RGB"))
-        data.Lighting()()
-        released = data.transforms.RandomHorizontalFlip()(released)
+        Lighting()()
+        released = transforms.RandomHorizontalFlip()(released)
         assert np.array_equal(pixels, released)
 
 
@@ -156,11 +156,8 @@ def test_resizing_by_torch_moves_few_bytes_and_those_by_1_or_2(config):
     assert (differences > 0).float().mean() < 0.05
 
 
-@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("damage", ["cut off", "no end", "no image", "empty"])
 def test_a_damaged_jpeg_is_one_sentence_and_can_be_replaced(config, capfd, decoder, damage):
-    if decoder != "pil":
-        pytest.importorskip("nvidia.nvimgcodec")
     path = Path(config.data) / "train" / CLASSES[0] / "420.jpg"
     whole = path.read_bytes()
     cut = {"cut off": len(whole) // 2, "no end": len(whole) - 2, "empty": 0}
@@ -178,13 +175,13 @@ def test_the_image_taken_instead_is_augmented_the_same_by_all_decoders(codec, co
     path = Path(config.data) / "train" / CLASSES[0] / "420.jpg"
     path.write_bytes(path.read_bytes()[:900])
     config = replace(config, skip_unreadable=1)
-    both = [epochs(replace(config, decoder=decoder), 2) for decoder in DECODERS]
+    both = [epochs(replace(config, decoder=decoder), 2) for decoder in READERS]
     assert all(map(torch.equal, *both))
 
 
 def test_validation_images_are_read_whole_whatever_the_decoder(codec, config):
-    _, val = open_images(replace(config, decoder="nvimagecodec"), ALONE)
-    assert isinstance(val, SeededDataset) and val.images.loader is whole_image
+    val = open_val_images(replace(config, decoder="nvimagecodec"), dist_env())
+    assert val.images.loader is whole_image
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch, run_step):
@@ -200,18 +197,11 @@ def test_a_run_may_go_on_with_another_decoder_but_not_with_another_resizing(code
     run_step(1, epochs=1, resize="torch").assert_one_sentence("resize torch (there pil)")
 
 
-def test_images_in_memory_need_no_decoder(config):
-    file = io.BytesIO()
-    noise(60, 60).save(file, "PNG")
-    pixels, _ = TrainTransform(config)(Image.open(file).convert("RGB"))
-    assert pixels.shape == (24, 24, 3) and pixels.dtype == torch.uint8
-
-
 @pytest.mark.parametrize("what", ["loader", "workers"])
 def test_the_benchmark_takes_all_choices_in_turn(codec, run_script, tmp_path, what):
-    choices = ("--decoder", *DECODERS, "--resize", "pil", "torch", "--workers", 0, 1)
+    choices = ("--decoder", *READERS, "--resize", "pil", "torch", "--workers", 0, 1)
     small = ("--batch_size", 2, "--image_size", 32, "--rounds", 1, "--json", tmp_path / "times")
-    result = run_script("benchmark", what, *choices, *small)
+    result = run_script("benchmarks.__main__", what, *choices, *small)
     assert result.code == 0, result.err
     seconds = json.loads((tmp_path / "times").read_text())["seconds"]
     assert len(seconds) == {"loader": 1 + 4, "workers": 4 * 2}[what]

@@ -1,32 +1,43 @@
 """Two processes (gloo, CPU) against one: gradients, BN statistics, validation, launching."""
 
 import itertools
-import json
 import os
 import signal
-import socket
-import subprocess
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import CLASSES, TINY, VAL, launch, start
-from test_training import assert_same_run
+from compare import assert_same_run
+from conftest import (
+    CLASSES,
+    FROM_SCRATCH,
+    TINY,
+    VAL,
+    command_line,
+    config_with,
+    dist_env,
+    launch,
+    start,
+)
+from process import free_port, kill_a_child, wait_until
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from models import build_model
-from utils import engine
-from utils.binarize import LatentConv2d
-from utils.checkpoint.checkpoint import BEST, NEWEST, Resumed, resume_within_epoch
-from utils.data import EpochBatchSampler, val_batches
-from utils.run.distributed import DistEnv, broadcast_buffers, distribute, init_distributed
+from utils.checkpoint.checkpoint import NEWEST
+from utils.checkpoint.manager import restore_mid_epoch
+from utils.data.loader import EpochBatchSampler, val_batches
+from utils.engine import evaluate, train_one_epoch
 from utils.launch import torchrun_settings
-from utils.metrics import BinaryMetrics, NoMeasures
+from utils.metrics import BinaryMetrics, NoMetrics, latent_weights
 from utils.optim import build_optimizer
+from utils.run.command_line import PREEMPTED_EXIT_CODE
+from utils.run.distributed import DistEnv, broadcast_buffers, distribute, init_distributed
+from utils.run.errors import UserError
 from utils.run.logging import read_records
+from utils.run.state import TrainState
 
 IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
 
@@ -48,72 +59,55 @@ def images_and_labels():
     return images, torch.arange(IMAGES) % 3
 
 
-def train_three_steps(dist: DistEnv, network, sync_bn: bool) -> dict:
+def train_three_steps(dist: DistEnv, network) -> dict:
     """Train and validate in this process among its peers; what it ended with."""
     images, labels = images_and_labels()
-    rank, world_size = process.rank, process.world_size
-    keys = list(EpochBatchSampler(IMAGES, BATCH, 0, rank, world_size))
-    batches = [[index for _, index in batch] for batch in keys]
+
+    def batches(keys):
+        shares = [[index for _, index in batch] for batch in keys]
+        return [(images[share], labels[share]) for share in shares]
+
     student = network()
-    live = BinaryMetrics(student, images[:2]) if hasattr(student, "feature") else NoMeasures()
-    snapshots = [parameters_to_vector(student.parameters()).detach()]
+    metrics = BinaryMetrics(student, images[:2]) if hasattr(student, "feature") else NoMetrics()
+    snapshots = []
 
-    def after_step():
-        live.after_step()
-        snapshots.append(parameters_to_vector(student.parameters()).detach())
+    def snapshot(*_):
+        if isinstance(metrics, BinaryMetrics):
+            snapshots.append(parameters_to_vector(latent_weights(student).values()) >= 0)
 
-    trained = engine.train_one_epoch(
-        distribute(student, process, sync_bn),
+    snapshot()
+    config = config_with(weight_decay=5e-6)
+    trained = train_one_epoch(
+        distribute(student, dist, sync_bn=False),
         None,
-        [(images[batch], labels[batch]) for batch in batches],
-        build_optimizer(student, 1e-3, 5e-6),
-        process.device,
-        after_step=after_step,
+        batches(EpochBatchSampler(IMAGES, BATCH, 0, dist.rank, dist.world_size)),
+        build_optimizer(student, config),
+        config,
+        TrainState(hooks=[metrics, SimpleNamespace(on_step_end=snapshot)]),
     )
     broadcast_buffers(student)
-    dealt = val_batches(IMAGES, BATCH, rank, world_size)
-    shares = [[index for _, index in batch] for batch in dealt]
-    validated = engine.validate(
-        student, [(images[share], labels[share]) for share in shares], process.device
-    )
+    validation = batches(val_batches(IMAGES, BATCH, dist.rank, dist.world_size))
     buffers = [b.double().flatten() for b in student.buffers()] or [torch.zeros(1)]
     return {
         "parameters": parameters_to_vector(student.parameters()).detach(),
         "buffers": torch.cat(buffers),
         "trained": trained,
-        "validated": validated,
-        "measured": live.epoch(),
-        "snapshots": snapshots,
-        "is_latent": latent_mask(student),
+        "validated": evaluate(student, validation).results(),
+        "measured": metrics.summary(),
+        "signs": snapshots,
     }
 
 
-def latent_mask(model: nn.Module) -> torch.Tensor:
-    """Which values of the parameter vector are latent weights."""
-    latent = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, LatentConv2d)}
-    return torch.cat([torch.full((p.numel(),), n in latent) for n, p in model.named_parameters()])
-
-
-JOBS = {
-    "sync_bn": (step2_network, True),
-    "per_process_bn": (step2_network, False),
-    "without_bn": (network_without_bn, False),
-}
+JOBS = {"with_bn": step2_network, "without_bn": network_without_bn}
 
 
 def _peer(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    with init_distributed() as process:
-        results = {name: train_three_steps(process, *job) for name, job in JOBS.items()}
+    with init_distributed() as dist:
+        results = {name: train_three_steps(dist, network) for name, network in JOBS.items()}
     torch.save(results, Path(folder) / f"{rank}.pt")
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +116,7 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     mp.spawn(_peer, (str(folder), free_port()), nprocs=2)
     pair = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    with init_distributed() as process:
-        alone = {name: train_three_steps(process, *job) for name, job in JOBS.items()}
+    alone = {name: train_three_steps(dist_env(), network) for name, network in JOBS.items()}
     return {name: (alone[name], pair[0][name], pair[1][name]) for name in JOBS}
 
 
@@ -135,38 +128,37 @@ def accuracies(results: dict) -> list[float]:
     return [results[split][key] for split in ("trained", "validated") for key in ("top1", "top5")]
 
 
-def test_with_sync_bn_two_processes_equal_one(outcomes):
-    alone, first, second = outcomes["sync_bn"]
+def test_without_bn_two_processes_equal_one_also_in_an_uneven_batch(outcomes):
+    alone, first, second = outcomes["without_bn"]
+    assert torch.equal(first["parameters"], second["parameters"])
     for rank in (first, second):
-        assert largest_difference(alone, rank, "parameters") < 1e-9
-        assert largest_difference(alone, rank, "buffers") < 1e-9
+        assert largest_difference(alone, rank, "parameters") < 1e-12
         assert accuracies(rank) == accuracies(alone)
         for split in ("trained", "validated"):
             assert rank[split]["images"] == IMAGES
             assert abs(rank[split]["loss"] - alone[split]["loss"]) < 1e-9
 
 
-def test_gradients_are_averaged_over_the_images_also_of_an_uneven_batch(outcomes):
-    alone, first, second = outcomes["without_bn"]
-    assert largest_difference(alone, first, "parameters") < 1e-12
-    assert torch.equal(first["parameters"], second["parameters"])
+def test_sync_bn_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match="sync_bn needs GPUs"):
+        distribute(network_without_bn(), dist_env(world_size=2), sync_bn=True)
 
 
 def test_bn_statistics_are_per_process_by_default_and_rank_0s_are_kept(outcomes):
-    alone, first, second = outcomes["per_process_bn"]
+    alone, first, second = outcomes["with_bn"]
     assert largest_difference(alone, first, "buffers") > 1e-3
     assert torch.equal(first["buffers"], second["buffers"])
     assert torch.equal(first["parameters"], second["parameters"])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_live_measures_of_two_processes_agree_with_a_naive_recount(outcomes, rank):
-    peer = outcomes["per_process_bn"][1 + rank]
-    signs = [snapshot[peer["is_latent"]] >= 0 for snapshot in peer["snapshots"]]
+def test_binary_metrics_of_two_processes_agree_with_a_naive_recount(outcomes, rank):
+    peer = outcomes["with_bn"][1 + rank]
+    signs = peer["signs"]
     flips = [(a != b).double().mean().item() for a, b in itertools.pairwise(signs)]
     assert peer["measured"]["ff_ratio"] == pytest.approx(sum(flips) / 3, rel=1e-12)
-    kept = (signs[0] == signs[-1]).double().mean().item()
-    assert peer["measured"]["c2i_ratio"] == pytest.approx(kept, rel=1e-12)
+    unchanged = (signs[0] == signs[-1]).double().mean().item()
+    assert peer["measured"]["c2i_ratio"] == pytest.approx(unchanged, rel=1e-12)
 
 
 def test_validation_counts_each_image_once_and_agrees_on_all_processes(outcomes):
@@ -180,15 +172,14 @@ def test_validation_counts_each_image_once_and_agrees_on_all_processes(outcomes)
 
 
 def options(**values) -> list[str]:
-    return [text for name, value in {**TINY, **values}.items() for text in (f"--{name}", value)]
+    return command_line({**TINY, **values})
 
 
 def test_run_script_trains_under_torchrun_with_two_processes(tmp_path, image_folder):
     run = launch("step1/run.sh", *options(data=image_folder, save=tmp_path / "out"), processes=2)
     assert run.returncode == 0, run.stderr
     assert "2 process(es)" in run.stdout
-    lines = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+    records = read_records(tmp_path / "out")
     assert [record["val_images"] for record in records] == [len(CLASSES) * VAL] * 2
     assert run.stdout.count("finished: best") == 1
 
@@ -196,75 +187,44 @@ def test_run_script_trains_under_torchrun_with_two_processes(tmp_path, image_fol
 def test_two_processes_stopped_and_then_one_killed_end_with_the_bits_of_an_unbroken_run(
     tmp_path, image_folder
 ):
-    from_scratch = {"init_from": "none", "latent_init": "symmetric", "learning_rate": 0.01}
-    shared = {"data": image_folder, "epochs": 4, "checkpoint_minutes": 0, **from_scratch}
+    shared = {"data": image_folder, "epochs": 4, "checkpoint_minutes": 0, **FROM_SCRATCH}
     whole, folder = tmp_path / "whole", tmp_path / "broken"
     assert launch("step2/run.sh", *options(save=whole, **shared)).returncode == 0
 
     with start("step2/run.sh", *options(save=folder, **shared)) as running:
-        wait_for(folder / NEWEST)
+        wait_until((folder / NEWEST).exists)
         running.send_signal(signal.SIGUSR1)
         out, err = running.communicate(timeout=300)
-    assert running.returncode == 75, err
+    assert running.returncode == PREEMPTED_EXIT_CODE, err
     assert "stopped on request" in out
 
     with start("step2/run.sh", *options(save=folder, **shared)) as running:
         while "goes on" not in running.stdout.readline():
             pass
-        assert_goes_on_when_a_process_is_killed(running, whole, folder)
-
-
-def test_step1s_run_script_goes_on_by_itself_when_a_process_is_killed(tmp_path, image_folder):
-    shared = {"data": image_folder, "epochs": 4, "checkpoint_minutes": 0}
-    whole, folder = tmp_path / "whole", tmp_path / "broken"
-    assert launch("step1/run.sh", *options(save=whole, **shared)).returncode == 0
-    with start("step1/run.sh", *options(save=folder, **shared)) as running:
-        wait_for(folder / NEWEST)
-        assert_goes_on_when_a_process_is_killed(running, whole, folder)
-    assert [record["epoch"] for record in read_records(folder)] == [0, 1, 2, 3]
-
-
-def assert_goes_on_when_a_process_is_killed(
-    running: subprocess.Popen, whole: Path, folder: Path
-) -> None:
-    """Kill one of the launcher's processes; in the end `folder` must hold the run of `whole`."""
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    out, err = running.communicate(timeout=300)
+        kill_a_child(running.pid, lambda children: children[-1])
+        out, err = running.communicate(timeout=300)
     assert running.returncode == 0, err
     assert "a process ended with code -9: all start again" in out
     assert "Traceback" not in err
-    for name in (NEWEST, BEST):
-        assert_same_run(whole / name, folder / name)
+    assert_same_run(whole, folder)
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 300
-    while not path.exists() and time.monotonic() < end:
-        time.sleep(0.02)
-
-
-def test_another_number_of_processes_takes_over_the_sums_and_the_main_one_all_of_them():
-    peers = [{"sums": {"sums": torch.tensor([n, 1.0]), "seconds": 3.0}, "rng": 0} for n in (1, 2)]
-    unfinished = {"iteration": 5, "processes": peers}
-    for rank, sums in ((0, [3, 2]), (1, None), (2, None)):
-        resumed = Resumed()
-        resume_within_epoch(resumed, unfinished, DistEnv(rank, rank, 3, torch.device("cpu")))
-        assert resumed.iteration == 5
-        assert sums == (resumed.sums and resumed.sums["sums"].tolist())
+def test_another_number_of_processes_gives_all_sums_to_rank_0():
+    peers = [{"sums": {"sums": torch.full((5,), n), "seconds": 3.0}, "rng": 0} for n in (1.0, 2.0)]
+    for rank, sums in ((0, 3), (1, 0), (2, 0)):
+        state = TrainState()
+        restore_mid_epoch(state, {"iteration": 5, "processes": peers}, dist_env(rank, 3))
+        assert state.iteration == 5
+        assert state.meter.sums.tolist() == [sums] * 5
 
 
 def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_folder):
-    single = launch(
-        "step1/run.sh", *options(data=tmp_path / "nowhere", save=tmp_path / "out"), processes=1
-    )
+    wrong = options(data=tmp_path / "nowhere", save=tmp_path / "out")
+    single = launch("step1/run.sh", *wrong, processes=1)
     assert single.returncode == 2
     assert single.stderr.startswith("error: data folder") and single.stderr.count("\n") == 1
-    several = launch(
-        "step1/run.sh",
-        *options(data=image_folder, save=tmp_path / "out", batch_size=9),
-        processes=2,
-    )
+    wrong = options(data=image_folder, save=tmp_path / "out", batch_size=9)
+    several = launch("step1/run.sh", *wrong, processes=2)
     assert several.returncode == 2
     assert several.stderr.count("error: batch_size 9 is the global batch") == 1
     assert "Traceback" not in several.stderr

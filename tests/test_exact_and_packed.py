@@ -8,15 +8,17 @@ import torch
 from torch import nn
 
 from models import MODELS, build_model
-from models.export.fold import binary_convolutions, fold_scales, to_plain_convs
 from models.checkpoints import load_network
+from models.export.fold import fold_scales, to_plain_convs
 from models.export.onnx import OnnxNetwork, write_onnx
+from models.layers import binary_convolutions
+from utils.checkpoint.packed import read_packed, write_packed
+from utils.metrics import pack_signs, unpack_signs
 from utils.run.errors import UserError
-from utils.checkpoint.packed import pack_bits, read_packed, unpack_bits, write_packed
 
 
 def trained_like(name: str, seed: int = 0, **options) -> nn.Module:
-    """A network with BN statistics, scales and latents as various as after training, float64."""
+    """A network with BN, scales and latent weights as various as after training, in float64."""
     torch.manual_seed(seed)
     model = build_model(
         name, **{"num_classes": 5, "width": 1 / 8, "small_images": True, **options}
@@ -51,7 +53,7 @@ def test_exact_weights_give_the_same_logits_in_float64(name):
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_channel_whose_latents_are_all_zero_stays_silent(name):
+def test_a_channel_whose_latent_weights_are_all_zero_stays_0(name):
     model = trained_like(name)
     for conv in binary_convolutions(model).values():
         conv.weight.data[0] = 0
@@ -90,16 +92,16 @@ def test_real_weights_have_nothing_to_fold_and_plain_convolutions_equal_binary_o
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 3, 3), (16, 8, 1, 1), (7, 1, 1, 1)])
-def test_bits_come_back(shape):
-    kernel = torch.where(torch.randn(shape) < 0, -1.0, 1.0)
-    packed = pack_bits(kernel)
-    assert packed.dtype == torch.uint8 and len(packed) == -(-kernel.numel() // 8)
-    assert torch.equal(unpack_bits(packed, list(shape)), kernel)
+def test_signs_come_back(shape):
+    signs = torch.randn(shape) > 0
+    packed = pack_signs(signs)
+    assert packed.dtype == torch.uint8 and len(packed) == -(-signs.numel() // 8)
+    assert torch.equal(unpack_signs(packed, list(shape)), signs)
 
 
-def test_the_first_weight_is_the_lowest_bit():
-    kernel = torch.tensor([1.0, -1, -1, -1, -1, -1, -1, -1, 1, 1]).reshape(1, 10, 1, 1)
-    assert pack_bits(kernel).tolist() == [0b1, 0b11]
+def test_the_first_sign_is_the_lowest_bit():
+    signs = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1]).bool().reshape(1, 10, 1, 1)
+    assert pack_signs(signs).tolist() == [0b1, 0b11]
 
 
 def pack(model: nn.Module, path, dtype=torch.float32) -> None:
@@ -159,7 +161,7 @@ def test_damaged_and_foreign_packed_files_are_one_sentence(tmp_path):
 
 @pytest.mark.parametrize("batch", [None, 3])
 @torch.no_grad()
-def test_onnx_answers_as_the_network_for_any_number_of_images(tmp_path, batch):
+def test_onnx_predicts_as_the_network_for_any_number_of_images(tmp_path, batch):
     pytest.importorskip("onnxruntime")
     model = trained_like("reactnet_r18", width=1 / 16).float()
     path = tmp_path / "network.onnx"

@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY, command_line
 
-from scripts.plot_experiment import DRAWINGS
-from scripts.run_experiment import MEASURES
-from utils.checkpoint.checkpoint import BEST, NEWEST, kept, read_checkpoint, write_checkpoint
+from scripts.experiments.measures import MEASURES
+from scripts.experiments.plots import DRAWINGS
+from scripts.experiments.spec import SCALES, experiment_names, read_experiment, resolve_runs
+from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint, write_checkpoint
+from utils.checkpoint.manager import epoch_checkpoint_path
 from utils.run.errors import UserError
-from scripts.experiments.spec import experiment_names, read_experiment, resolve_runs, scale_names
 
 TABLES_AND_FIGURES = {*(f"table{n}" for n in range(1, 5)), *(f"fig{n}" for n in range(1, 9))}
 EXPERIMENTS = TABLES_AND_FIGURES | {"precision"}
@@ -25,16 +26,13 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def options(image_folder) -> list[str]:
     """The smallest runs, on the test's images."""
-    values = {**TINY, "data": image_folder, "width": 1 / 16, "epochs": 1}
-    return [str(text) for name, value in values.items() for text in (f"--{name}", value)]
+    return command_line({**TINY, "data": image_folder, "width": 1 / 16, "epochs": 1})
 
 
 @pytest.fixture
 def experiment(run_script, options, tmp_path):
-    def run(name: str, *more):
-        return run_script("run_experiment", name, "--quick", "--out", tmp_path, *options, *more)
-
-    return run
+    common = ("--quick", "--out", tmp_path, *options)
+    return lambda name, *more: run_script("experiments.__main__", name, *common, *more)
 
 
 def pretend_finished(name: str, options: list[str], out: Path, **record) -> None:
@@ -49,18 +47,18 @@ def test_there_is_one_file_for_each_table_and_figure_and_all_can_be_measured_and
     assert {read_experiment(name, "small").measure for name in experiment_names()} == set(MEASURES)
 
 
-@pytest.mark.parametrize("scale", scale_names())
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_every_experiment_resolves_at_every_scale(name, scale, tmp_path):
     experiment = read_experiment(name, scale)
     runs = resolve_runs(experiment, scale, 2, tmp_path, [])
     assert len({run.folder for run in runs}) == len(runs) == 2 * len(experiment.runs)
     for run in runs:
-        started_from = experiment.runs[run.name].get("after")
-        if started_from:
-            parents = [r for r in runs if (r.name, r.seed) == (started_from, run.seed)]
-            assert run.config.init_from == str(parents[0].folder / BEST)
-            assert runs.index(parents[0]) < runs.index(run)
+        after = experiment.runs[run.name].get("after")
+        if after:
+            parent = next(r for r in runs if (r.name, r.seed) == (after, run.seed))
+            assert run.config.init_from == str(parent.folder / BEST)
+            assert runs.index(parent) < runs.index(run)
         else:
             assert run.config.init_from is None
 
@@ -94,7 +92,7 @@ def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experimen
     assert experiment("fig5").code == 0
     assert {path: path.read_text() for path in tmp_path.glob("runs/*/log.txt")} == logs
 
-    broken = next(tmp_path.glob("runs/adam*")) / kept(".", 0).name
+    broken = next(tmp_path.glob("runs/adam*")) / epoch_checkpoint_path(".", 0)
     content = dict(read_checkpoint(broken).content)
     content["config"] = content["config"] | {"model": "bireal_r18"}
     write_checkpoint(broken, content)
@@ -132,9 +130,9 @@ def test_a_figure_of_latent_weights_refuses_a_network_without_any(experiment, op
     experiment("fig7").assert_one_sentence("'Adam one-step' measured no latent weights")
 
 
-def test_unknown_experiment_scale_and_option_list_what_there_is(experiment, run_script):
+def test_unknown_experiment_scale_and_option_list_what_there_is(experiment):
     experiment("fig9").assert_one_sentence("unknown experiment 'fig9'", "fig1", "table4")
-    run_script("run_experiment", "fig2", "--scale", "huge").assert_one_sentence("small", "imagenet")
+    experiment("fig2", "--scale", "huge").assert_one_sentence("small", "imagenet")
     experiment("fig2", "--momentum", "1").assert_one_sentence("--momentum", "--epochs")
 
 
@@ -145,21 +143,22 @@ def test_a_run_that_stops_says_which_and_why(experiment, tmp_path):
 
 
 def test_a_table_without_a_needed_column_or_rows_is_one_sentence(run_script, tmp_path):
+    table, picture = tmp_path / "table.csv", tmp_path / "out.png"
+
     def plot(name, text):
-        table = tmp_path / "table.csv"
         table.write_text(text)
-        return run_script("plot_experiment", name, table, "--picture", tmp_path / "out.png")
+        return run_script("experiments.plots", name, table, "--picture", picture)
 
     plot("fig8", "source,run,top1\nmeasured,Adam 1,50\n").assert_one_sentence("no column 'optim")
     plot("fig4", "source,run,cam\nmeasured,Adam,x\n").assert_one_sentence("cam must hold numbers")
     plot("fig4", "").assert_one_sentence("has no rows")
     plot("fig9", "source\nmeasured\n").assert_one_sentence("unknown experiment 'fig9'", "table1")
-    missing = ("plot_experiment", "fig4", tmp_path / "no.csv", "--picture", tmp_path / "out.png")
-    run_script(*missing).assert_one_sentence("cannot read", "no.csv")
-    assert not (tmp_path / "out.png").exists()
+    missing = run_script("experiments.plots", "fig4", tmp_path / "no.csv", "--picture", picture)
+    missing.assert_one_sentence("cannot read", "no.csv")
+    assert not picture.exists()
 
 
-def test_an_unknown_key_of_an_experiment_file_is_said(monkeypatch, tmp_path):
+def test_an_unknown_key_of_an_experiment_file_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("scripts.experiments.spec.EXPERIMENTS", tmp_path)
     (tmp_path / "mine.yaml").write_text("title: t\nclaim: c\nmeasure: results\nrun: {}\n")
     with pytest.raises(UserError, match="experiment mine has the unknown key run"):

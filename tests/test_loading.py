@@ -1,4 +1,4 @@
-"""Recognising checkpoints of every layout, and saying what is wrong with those that fit nothing."""
+"""Loading checkpoints of every layout, and what is said of those that fit no network."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from models import MODELS, build_model
-from models.export.fold import fold_scales
 from models.checkpoints import inference_content, load_network
+from models.export.fold import fold_scales
 from tests import golden
 from utils.checkpoint.checkpoint import read_checkpoint, write_checkpoint, write_released
 from utils.run.config import parse_config
@@ -57,8 +57,8 @@ def test_every_layout_of_every_network_gives_the_predictions_it_came_from(name, 
     model = tiny(name).eval()
     path = tmp_path / "checkpoint.pth.tar"
     write_checkpoint(path, LAYOUTS[layout](name, model.state_dict()))
-    told = "flat" in layout or "repo" in layout
-    loaded = load_network(path, **({} if told else {"binary_weights": True}))
+    is_known = "flat" in layout or "repo" in layout
+    loaded = load_network(path, **({} if is_known else {"binary_weights": True}))
     assert (loaded.name, loaded.num_classes, loaded.options["width"]) == (name, 5, 1 / 16)
     assert loaded.checkpoint.layout == layout
     for word in (name, layout, "latent weights", "5 classes"):
@@ -68,7 +68,7 @@ def test_every_layout_of_every_network_gives_the_predictions_it_came_from(name, 
 
 
 @pytest.mark.parametrize("case", ["reactnet_a_step2", "reactnet_r18_step2"])
-def test_a_file_of_the_released_layout_answers_as_the_released_code(case, tmp_path):
+def test_a_file_of_the_released_layout_predicts_as_the_released_code(case, tmp_path):
     """Built from the layout file alone: keys, shapes and order are the released ones."""
     numbers, layout = golden.read(case), golden.read_layout(case)
     state = {
@@ -86,7 +86,7 @@ def test_a_file_of_the_released_layout_answers_as_the_released_code(case, tmp_pa
     assert abs(logits.norm().item() / numbers["eval_logits_norm"] - 1) < 1e-8
 
 
-def test_exact_weights_are_recognised_and_told(tmp_path):
+def test_exact_weights_are_recognized(tmp_path):
     model = fold_scales(tiny("reactnet_r18"))
     path = tmp_path / "exact.pth.tar"
     write_checkpoint(path, released(model.state_dict()))

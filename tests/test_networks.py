@@ -1,16 +1,17 @@
 """The networks: golden numbers of the released code, layouts, and what the options do."""
 
+import golden
 import pytest
 import torch
+from conftest import config_with
 from torch import nn
 
 from models import MODELS, build_model
 from models.resnet import LearnedScale
-from tests import golden
 from utils.binarize import Sign
-from utils.run.errors import UserError
 from utils.losses import soft_target_loss
 from utils.optim import build_optimizer
+from utils.run.errors import UserError
 
 CASES = {
     f"{name}_step{step}": (name, step == 2)
@@ -55,7 +56,8 @@ def test_golden_numbers_of_the_released_code(case_and_model):
     assert relative_error(logits.sum(), case["eval_logits_sum"]) < TOLERANCE
     assert relative_error(logits.norm(), case["eval_logits_norm"]) < TOLERANCE
 
-    optimizer = build_optimizer(model, case["lr"], case["weight_decay"])
+    config = config_with(learning_rate=case["lr"], weight_decay=case["weight_decay"])
+    optimizer = build_optimizer(model, config)
     names = {parameter: name for name, parameter in model.named_parameters()}
     decayed = [names[parameter] for parameter in optimizer.param_groups[1]["params"]]
     assert sorted(decayed) == sorted(case["decayed"])
@@ -110,15 +112,10 @@ def test_every_parameter_receives_a_gradient(name, activations, weights, ste):
     assert not [n for n, g in gradients.items() if not g.any() and not n.endswith(needless)]
 
 
-def distinct_magnitudes(binary_activations: bool, binary_weights: bool) -> tuple[int, int]:
+def distinct_magnitudes(activations: bool, weights: bool) -> tuple[int, int]:
     """Of the inputs of a binary convolution, and of one kernel that it convolves with."""
-    model = build_model(
-        "reactnet_a",
-        width=0.125,
-        small_images=True,
-        binary_activations=binary_activations,
-        binary_weights=binary_weights,
-    )
+    flags = {"binary_activations": activations, "binary_weights": weights}
+    model = build_model("reactnet_a", width=0.125, small_images=True, **flags)
     conv, inputs = model.feature[3].binary_3x3, []
     hook = conv.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     model.eval()(torch.randn(2, 3, 32, 32))
@@ -129,10 +126,10 @@ def distinct_magnitudes(binary_activations: bool, binary_weights: bool) -> tuple
 
 
 def test_flags_decide_what_is_binary():
-    activations, weights = distinct_magnitudes(True, False)
-    assert activations == 1 and weights > 1
-    activations, weights = distinct_magnitudes(False, True)
-    assert activations > 1 and weights == 1
+    inputs, kernel = distinct_magnitudes(activations=True, weights=False)
+    assert inputs == 1 and kernel > 1
+    inputs, kernel = distinct_magnitudes(activations=False, weights=True)
+    assert inputs > 1 and kernel == 1
 
 
 @pytest.mark.parametrize(

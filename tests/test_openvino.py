@@ -12,16 +12,11 @@ from test_exact_and_packed import trained_like
 from torch import nn
 
 from models import MODELS, build_model
-from models.export.fold import binary_convolutions, fold_scales
-from models.export.openvino_selftest import LayerShape, self_test_layer, kernels
+from models.export.fold import fold_scales
+from models.export.openvino import OpenVinoNetwork, constants_path, load_engine, write_openvino
 from models.export.openvino_graph import build_graph, thresholds
-from models.export.openvino import (
-    OpenVinoNetwork,
-    _check,
-    constants_path,
-    load_engine,
-    write_openvino,
-)
+from models.export.openvino_selftest import PRECISION, binary_kernels, compare_with_integers
+from models.layers import binary_convolutions
 from utils.binarize import Sign, shifted
 from utils.run.errors import UserError
 
@@ -33,10 +28,10 @@ AVX2 = {"OV_CPU_MAX_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 TIE = 2e-5  # inputs of Sign nearer to 0 may have another sign in float32
 
 
-def assert_exact(shape: LayerShape, seed: int = 0) -> None:
-    computed, exact, used = self_test_layer(openvino, shape, seed)
-    assert computed.shape == exact.shape and (computed == exact).all(), (shape, seed)
-    assert used and all(name.startswith("jit_") for name in used), used
+def assert_exact(layer: tuple, images: tuple, fused: bool, seed: int = 0) -> None:
+    computed, exact, kernels = compare_with_integers(openvino, layer, images, fused, seed)
+    assert computed.shape == exact.shape and (computed == exact).all(), (layer, images, seed)
+    assert kernels and all(name.startswith("jit_") for name in kernels), kernels
 
 
 def layer_shapes(name: str) -> set[tuple[int, ...]]:
@@ -50,8 +45,8 @@ ALL_LAYERS = sorted(set.union(*map(layer_shapes, MODELS)))
 
 @pytest.mark.parametrize("layer", ALL_LAYERS, ids=str)
 def test_every_layer_of_every_network_equals_integers_at_odd_sizes_and_batches(layer):
-    assert_exact(LayerShape(*layer, height=7, width=5, batch=3))
-    assert_exact(LayerShape(*layer, height=1, width=9, batch=1, fused=True))
+    assert_exact(layer, (3, 7, 5), fused=False)
+    assert_exact(layer, (1, 1, 9), fused=True)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -61,8 +56,8 @@ def test_any_layer_equals_integers(seed):
     kernel_size, stride = int(rng.choice([1, 3])), int(rng.choice([1, 2]))
     height, width = map(int, rng.integers(1, 14, 2))
     batch = int(rng.integers(1, 4))
-    shape = LayerShape(inputs, outputs, kernel_size, stride, height, width, batch, seed % 2 == 0)
-    assert_exact(shape, seed)
+    layer, images = (inputs, outputs, kernel_size, stride), (batch, height, width)
+    assert_exact(layer, images, seed % 2 == 0, seed)
 
 
 def test_a_threshold_is_the_last_float_below_sign_s_turn():
@@ -101,8 +96,8 @@ def compiled_with_sums(model: nn.Module, images: torch.Tensor):
     network = build_graph(openvino, model, images.shape[-1], len(images))
     layers = [node for node in network.get_ops() if node.get_type_name() == "BinaryConvolution"]
     outputs = [network.output(0), *(node.output(0) for node in layers)]
-    told = openvino.Model(outputs, network.get_parameters())
-    compiled = openvino.Core().compile_model(told, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with_sums = openvino.Model(outputs, network.get_parameters())
+    compiled = openvino.Core().compile_model(with_sums, "CPU", PRECISION)
     logits, *sums = compiled(images.numpy()).to_tuple()
     names = [node.get_friendly_name() for node in layers]
     return logits, dict(zip(names, sums, strict=True))
@@ -131,17 +126,17 @@ def test_every_binary_layer_in_its_network_gives_the_integers_of_float64(name, w
 @pytest.mark.parametrize("name", MODELS)
 def test_no_reference_kernel_and_float32_throughout(name):
     network = build_graph(openvino, trained_like(name), 32, 1)
-    compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    assert all(kernel.startswith("jit_") for kernel in kernels(compiled))
+    compiled = openvino.Core().compile_model(network, "CPU", PRECISION)
+    assert all(kernel.startswith("jit_") for kernel in binary_kernels(compiled))
 
 
 @pytest.mark.parametrize("batch", [None, 3])
 @torch.no_grad()
-def test_a_written_network_answers_as_the_network_for_any_number_of_images(tmp_path, batch):
+def test_a_written_network_predicts_as_the_network_for_any_number_of_images(tmp_path, batch):
     model = trained_like("reactnet_r18").float()
     path = tmp_path / "network.xml"
     write_openvino(model, path, 32, batch, val_resize=36)
-    network = OpenVinoNetwork(path, threads=1)
+    network = OpenVinoNetwork(path)
     assert (network.image_size, network.val_resize, network.batch) == (32, 36, batch)
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     expected, _, nearest = in_float64(model.double(), images)
@@ -193,28 +188,28 @@ def test_a_damaged_foreign_or_incomplete_network_is_one_sentence(tmp_path):
         OpenVinoNetwork(path)
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch):
+@pytest.fixture
+def uncached():
+    """The engine is loaded and tested again, here and afterwards."""
+    load_engine.cache_clear()
+    yield
+    load_engine.cache_clear()
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch, uncached):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(UserError, match="pip install -r requirements-openvino"):
         load_engine()
 
 
 @pytest.mark.parametrize("release", ["2026.3.0", "2026.3.1"])
-def test_releases_known_to_be_wrong_are_refused(monkeypatch, release):
+def test_releases_known_to_be_wrong_are_refused(monkeypatch, uncached, release):
     monkeypatch.setattr(openvino, "__version__", f"{release}-22476-759c5a6ab8c-releases/2026/3")
     with pytest.raises(UserError, match=f"OpenVINO {release} computes binary convolutions wrong"):
         load_engine()
 
 
-@pytest.fixture
-def untried():
-    """The engine as before its first use, and afterwards again."""
-    _check.cache_clear()
-    yield
-    _check.cache_clear()
-
-
-def test_an_engine_found_to_be_wrong_is_refused(monkeypatch, untried, tmp_path):
+def test_an_engine_that_fails_the_self_test_is_refused(monkeypatch, uncached, tmp_path):
     # What 2026.3.1 does: bits in another order than they are written.
     in_order = np.packbits
     monkeypatch.setattr(np, "packbits", lambda bits, bitorder: in_order(bits))
@@ -224,25 +219,25 @@ def test_an_engine_found_to_be_wrong_is_refused(monkeypatch, untried, tmp_path):
 
 
 @pytest.mark.parametrize("kernel", ["ref_u1", None])
-def test_a_cpu_without_binary_kernels_is_refused(monkeypatch, untried, kernel):
-    def tried(engine, shape):
+def test_a_cpu_without_binary_kernels_is_refused(monkeypatch, uncached, kernel):
+    def compare(*layer):
         if kernel is None:
             raise RuntimeError("Exception from src/plugins: not implemented\nmore lines")
-        _, exact, _ = self_test_layer(engine, shape)
+        _, exact, _ = compare_with_integers(*layer)
         return exact, exact, {kernel}
 
-    monkeypatch.setattr("models.export.openvino.self_test_layer", tried)
+    monkeypatch.setattr("models.export.openvino.compare_with_integers", compare)
     with pytest.raises(UserError, match="for this CPU: they need x86-64") as caught:
         load_engine()
     assert "\n" not in str(caught.value)
 
 
-def test_held_to_avx2_the_layers_are_exact_too():
+def test_limited_to_avx2_the_layers_are_exact_too():
     program = """
 from test_openvino import *
 for seed in range(8):
     test_any_layer_equals_integers(seed)
-print(*self_test_layer(openvino, LayerShape(40, 24, 3, 2, 7, 5))[2])
+print(*compare_with_integers(openvino, (40, 24, 3, 2), (1, 7, 5), fused=False)[2])
 """
     run = subprocess.run(
         [sys.executable, "-c", program],

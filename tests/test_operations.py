@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 from models import build_model
-from utils.binarize import BinaryConv2d, Sign
 from scripts.count_ops import count_layers, total
+from utils.binarize import BinaryConv2d, Sign
 
 
 def test_reactnet_a_has_the_published_counts():

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import CPU, config_with
 from torch import nn
 
 from models import build_model
@@ -12,8 +13,12 @@ from utils.binarize import BinaryConv2d, RPReLU, Sign, channel_scale
 from utils.engine import train_one_epoch
 from utils.optim import build_optimizer
 from utils.precision import autocast, compiled, place
+from utils.run.state import TrainState
 
-CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile on a CPU needs g++"
+)
+COMPILED = config_with(compile=True)
 
 
 def tiny(name: str = "reactnet_r18", **options) -> nn.Module:
@@ -62,18 +67,14 @@ def test_the_residual_path_stays_in_float32_under_autocast():
         assert block(torch.randn(2, 4, 8, 8)).dtype == torch.float32
 
 
-def test_what_is_kept_for_the_backward_pass_is_kept_in_bfloat16():
+def test_what_is_saved_for_the_backward_pass_is_saved_in_bfloat16():
     block = tiny().layer1[0]
-    kept = []
-
-    def keep(tensor):
-        kept.append(tensor)
-        return tensor
-
+    saved = []
+    pack, unpack = lambda t: saved.append(t) or t, lambda t: t
     x = torch.randn(2, 4, 8, 8)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast(CPU, "bfloat16"):
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), autocast(CPU, "bfloat16"):
         block(x)
-    assert {t.dtype for t in kept if t.shape == x.shape} == {torch.bfloat16}
+    assert {t.dtype for t in saved if t.shape == x.shape} == {torch.bfloat16}
 
 
 def test_gradients_of_the_residual_path_stay_in_float32_under_autocast():
@@ -84,16 +85,18 @@ def test_gradients_of_the_residual_path_stay_in_float32_under_autocast():
     assert x.grad.dtype == torch.float32 and x.grad.item() == 0.25 * (1 + 2**-20)
 
 
-@pytest.mark.parametrize("fast", [{}, {"channels_last": True}, {"compile": True}])
+@pytest.mark.parametrize(
+    "fast", [{}, {"channels_last": True}, pytest.param({"compile": True}, marks=needs_compiler)]
+)
 def test_the_fused_update_is_the_elementary_one_in_every_memory_layout(fast):
-    if fast.get("compile") and shutil.which("g++") is None:
-        pytest.skip("torch.compile on a CPU needs g++")
     updated = []
     for fused in (True, False):
-        model = place(tiny().double(), CPU, fast.get("channels_last", False))
-        optimizer = build_optimizer(model, 1e-2, 1e-4, options={"fused": fused})
-        network = compiled(model, fast.get("compile", False))
-        train_one_epoch(network, None, [batch(dtype=torch.float64)], optimizer, CPU)
+        recipe = {"learning_rate": 1e-2, "weight_decay": 1e-4, **fast}
+        config = config_with(optimizer_options={"fused": fused}, **recipe)
+        model = place(tiny().double(), config, CPU)
+        optimizer = build_optimizer(model, config)
+        batches = [batch(dtype=torch.float64)]
+        train_one_epoch(compiled(model, config), None, batches, optimizer, config, TrainState())
         updated.append(model.state_dict())
     for name, mine in updated[0].items():
         torch.testing.assert_close(mine, updated[1][name], rtol=1e-9, atol=1e-12, msg=name)
@@ -102,29 +105,29 @@ def test_the_fused_update_is_the_elementary_one_in_every_memory_layout(fast):
 @pytest.mark.parametrize("name", ["reactnet_a", "strong_baseline_r18"])
 def test_channels_last_computes_the_same_in_float64(name):
     model = tiny(name).double()
-    other = place(copy.deepcopy(model), CPU, channels_last=True)
+    other = place(copy.deepcopy(model), config_with(channels_last=True), CPU)
     images, _ = batch(dtype=torch.float64)
     torch.testing.assert_close(model(images), other(images), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@needs_compiler
 def test_a_compiled_block_has_the_gradients_of_the_eager_one():
     block = tiny("reactnet_r18").layer2[0].double()
     x = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-    fast = compiled(block, wanted=True)
+    fast = compiled(block, COMPILED)
     inputs = (x, *block.parameters())
     results = [(y := f(x), torch.autograd.grad(y.square().sum(), inputs)) for f in (block, fast)]
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
-    assert compiled(block, wanted=False) is block and compiled(None, wanted=True) is None
+    assert compiled(block, config_with(compile=False)) is block
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs g++")
+@needs_compiler
 def test_a_compiled_binary_convolution_has_the_bfloat16_numbers_of_the_eager_one():
     conv = BinaryConv2d(4, 6, 3, bias=False)
     x = torch.randn(2, 4, 8, 8).sign()
     with autocast(CPU, "bfloat16"):
-        eager, fast = (f(x) for f in (conv, compiled(conv, wanted=True)))
+        eager, fast = (f(x) for f in (conv, compiled(conv, COMPILED)))
     assert fast.dtype == torch.bfloat16 and torch.equal(fast, eager)
 
 
@@ -134,9 +137,10 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch_where_there_is_no_bn
     for accumulate in (1, 3):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).double()
-        optimizer = build_optimizer(model, 1e-2, 0.0, name="SGD")
-        given = [(images.double(), labels)]
-        results = train_one_epoch(model, None, given, optimizer, CPU, accumulate=accumulate)
+        config = config_with(learning_rate=1e-2, optimizer="SGD", accumulate=accumulate)
+        optimizer = build_optimizer(model, config)
+        batches = [(images.double(), labels)]
+        results = train_one_epoch(model, None, batches, optimizer, config, TrainState())
         trained.append((model[1].weight.detach(), results["loss"], results["images"]))
     for mine, theirs in zip(*trained, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)

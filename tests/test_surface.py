@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from models import MODELS, build_model
-from utils import measures, surface, two_nodes
-from utils.engine import validate
-from utils.surface import filter_normalised_direction, move_to, moves
+from scripts.experiments import two_nodes
+from scripts.experiments.surface import filter_normalised_direction, move_to, moves
+from utils import metrics
+from utils.engine import evaluate
 
 
 def tiny(name: str = "reactnet_r18", **options) -> nn.Module:
@@ -30,14 +32,14 @@ def batches(count: int = 3, size: int = 16):
 
 def test_a_direction_of_size_1_flips_a_quarter_of_gaussian_latent_signs():
     model = build_model("strong_baseline_r18")
-    for weight in measures.latent_weights(model).values():
+    for weight in metrics.latent_weights(model).values():
         weight.normal_(std=0.1)
-    before = measures.signs(measures.latent_weights(model))
+    before = metrics.signs(metrics.latent_weights(model))
     centre = copy.deepcopy(model.state_dict())
     direction = direction_of(model)
     move_to(model, centre, (direction, direction), 1.0, 0.0)
-    after = measures.signs(measures.latent_weights(model))
-    assert measures.changed_share(before, after) == pytest.approx(0.25, abs=0.01)
+    after = metrics.signs(metrics.latent_weights(model))
+    assert metrics.ff_ratio(before, after) == pytest.approx(0.25, abs=0.01)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,9 +77,9 @@ def test_a_move_is_linear_and_the_centre_comes_back():
 def test_recalibration_gives_bn_the_average_statistics_of_the_batches():
     norm = nn.BatchNorm2d(3)
     norm.running_mean.fill_(7.0)
-    given = list(batches())
-    surface.recalibrate_batch_norm(norm, given)
-    images = [images for images, _ in given]
+    calibration = list(batches())
+    update_bn(calibration, norm.eval())
+    images = [images for images, _ in calibration]
     means = torch.stack([x.mean((0, 2, 3)) for x in images]).mean(0)
     variances = torch.stack([x.var((0, 2, 3)) for x in images]).mean(0)
     torch.testing.assert_close(norm.running_mean, means)
@@ -87,10 +89,9 @@ def test_recalibration_gives_bn_the_average_statistics_of_the_batches():
 
 def test_loss_and_top1_are_means_over_all_images():
     model = tiny().eval()
-    images = torch.cat([images for images, _ in batches()])
-    labels = torch.cat([labels for _, labels in batches()])
-    found = validate(model.train(), batches(), torch.device("cpu"))
-    loss, top1 = found["loss"], found["top1"]
+    images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    results = evaluate(model.train(), batches()).results()
+    loss, top1 = results["loss"], results["top1"]
     logits = model.eval()(images)
     assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
     assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())

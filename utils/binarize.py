@@ -22,46 +22,40 @@ from torch.autograd.function import once_differentiable
 from utils.run.errors import UserError
 
 
-class _SignSTE(torch.autograd.Function):
-    """y = Sign(x + b), b one threshold per channel or None;  dy/dx := `derivative` at x + b."""
+class SignSTE(torch.autograd.Function):
+    """y = Sign(a), a = x + b;  dy/da := the derivative in `ACTIVATION_STES` that `ste` names.
+
+    b is one threshold per channel, or None.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, shift: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, shift: Tensor | None, ste: str) -> Tensor:
         ctx.dtype, dtype = x.dtype, _autocast_dtype(x)
+        ctx.ste = ste
         ctx.save_for_backward(x.to(dtype), shift)
         return _sign(add_shift(x, shift), dtype)
 
-    @classmethod
-    def _backward(cls, ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, shift = ctx.saved_tensors
-        grad = cls.derivative(add_shift(x.to(ctx.dtype), shift)).mul_(grad)
-        return grad, _sum_to_shape_of(shift, grad)
+        a = add_shift(x.to(ctx.dtype), shift)
+        grad = ACTIVATION_STES[ctx.ste](a).mul_(grad)
+        return grad, _sum_to_shape_of(shift, grad), None
 
 
-class SignClipSTE(_SignSTE):
-    """y = Sign(a);  dy/da := 1 on -1 < a < 1,  0 elsewhere.  The paper's equation."""
-
-    @staticmethod
-    def derivative(a: Tensor) -> Tensor:
-        return _ones_where(torch.lt, a.abs(), 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return SignClipSTE._backward(ctx, grad)
+def clip_derivative(a: Tensor) -> Tensor:
+    """1 on -1 < a < 1,  0 elsewhere.  The paper's equation."""
+    return _ones_where(torch.lt, a.abs(), 1)
 
 
-class SignPolynomialSTE(_SignSTE):
-    """y = Sign(a);  dy/da := 2 + 2a on [-1, 0),  2 - 2a on [0, 1),  0 elsewhere.  Bi-Real Net's."""
+def polynomial_derivative(a: Tensor) -> Tensor:
+    """2 + 2a on [-1, 0),  2 - 2a on [0, 1),  0 elsewhere.  The released code's (Bi-Real Net)."""
+    return a.abs().mul_(-2).add_(2).clamp_(min=0)
 
-    @staticmethod
-    def derivative(a: Tensor) -> Tensor:
-        return a.abs().mul_(-2).add_(2).clamp_(min=0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        return SignPolynomialSTE._backward(ctx, grad)
+# Gradient of Sign by name: a function of its input that returns a new tensor.
+ACTIVATION_STES = {"polynomial": polynomial_derivative, "clip": clip_derivative}
 
 
 class ScaledSignClipSTE(torch.autograd.Function):
@@ -138,24 +132,17 @@ class RPReLUFunction(torch.autograd.Function):
         return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after
 
 
-def sign_clip(x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Sign with the clip STE, the activation gradient of the paper's equations.
+def sign(x: Tensor, shift: Tensor | None = None, ste: str = "polynomial") -> Tensor:
+    """Sign(x), or RSign(x) = Sign(x + b), with the gradient that `ste` names.
 
     >>> x = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], requires_grad=True)
-    >>> y = sign_clip(x); y.sum().backward(); y.tolist(), x.grad.tolist()
+    >>> y = sign(x, ste="clip"); y.sum().backward(); y.tolist(), x.grad.tolist()
     ([-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 1.0, 0.0])
-    """
-    return SignClipSTE.apply(x, shift)
-
-
-def sign_polynomial(x: Tensor, shift: Tensor | None = None) -> Tensor:
-    """Sign with the polynomial STE of Bi-Real Net, the activation gradient of the released code.
-
-    >>> x = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0], requires_grad=True)
-    >>> y = sign_polynomial(x); y.sum().backward(); y.tolist(), x.grad.tolist()
+    >>> x.grad = None
+    >>> y = sign(x, ste="polynomial"); y.sum().backward(); y.tolist(), x.grad.tolist()
     ([-1.0, -1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 2.0, 1.0, 0.0])
     """
-    return SignPolynomialSTE.apply(x, shift)
+    return SignSTE.apply(x, shift, ste)
 
 
 def binarize_weight(w: Tensor) -> Tensor:
@@ -173,7 +160,6 @@ def channel_scale(w: Tensor) -> Tensor:
     return w.abs().mean(dim=(1, 2, 3), keepdim=True)
 
 
-ACTIVATION_STES = {"polynomial": sign_polynomial, "clip": sign_clip}
 LATENT_INITS = ("positive", "symmetric")
 
 
@@ -196,7 +182,7 @@ class Sign(nn.Module):
         self.ste = ste
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return ACTIVATION_STES[self.ste](x, shift)
+        return sign(x, shift, self.ste)
 
     def extra_repr(self) -> str:
         return f"ste={self.ste!r}"

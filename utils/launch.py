@@ -26,10 +26,8 @@ DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "300",
 }
-FINAL = (
-    EXIT_CODE,
-    PREEMPTED_EXIT_CODE,
-)  # the user's mistake, which a restart would repeat, and a request to stop
+# The user's mistake, which a restart would repeat, and a request to stop.
+FINAL = (EXIT_CODE, PREEMPTED_EXIT_CODE)
 
 
 def torchrun_settings(environment: Mapping[str, str], gpus: int) -> dict[str, str]:
@@ -40,15 +38,12 @@ def torchrun_settings(environment: Mapping[str, str], gpus: int) -> dict[str, st
         settings["PET_STANDALONE"] = "1"
     else:
         settings["PET_NNODES"] = nodes
-        settings["PET_NODE_RANK"] = (
-            environment.get("NODE_RANK") or environment.get("SLURM_NODEID") or "0"
-        )
-        settings["PET_MASTER_ADDR"] = environment.get("MASTER_ADDR") or _first_slurm_host(
-            environment
-        )
+        rank = environment.get("NODE_RANK") or environment.get("SLURM_NODEID") or "0"
+        settings["PET_NODE_RANK"] = rank
+        host = environment.get("MASTER_ADDR") or _first_slurm_host(environment)
+        settings["PET_MASTER_ADDR"] = host
         settings["PET_MASTER_PORT"] = environment.get("MASTER_PORT") or "29500"
-    given = {name: value for name, value in environment.items() if name.startswith("PET_")}
-    return settings | given
+    return settings | {k: value for k, value in environment.items() if k.startswith("PET_")}
 
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:

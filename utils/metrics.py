@@ -34,16 +34,13 @@ def ff_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float
     return changed / sum(sign.numel() for sign in before.values())
 
 
-def c2i_ratio(
-    initial: Mapping[str, Tensor], final: Mapping[str, Tensor], literal: bool = False
-) -> float:
+def c2i_ratio(initial: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> float:
     """Correlation to initialization: 1 - the share of signs that differ from their first ones.
 
-    Args:
-        literal: with the further factor 1/2 that the slides print in Eq. 7; the published values
-            go below 0.5, which only the ratio without it can.
+    The slides print a further factor 1/2 in Eq. 7, with which it could never fall below 0.5, as
+    published values do.
     """
-    return 1 - ff_ratio(initial, final) * (0.5 if literal else 1.0)
+    return 1 - ff_ratio(initial, final)
 
 
 def saturation(x: Tensor) -> float:
@@ -72,12 +69,10 @@ def latent_weights(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         UserError: the model has none.
     """
-    weights = {
-        name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, LatentConv2d)
-    }
-    if not weights:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LatentConv2d)}
+    if not layers:
         raise UserError(f"this {type(model).__name__} has no layers with latent weights")
-    return weights
+    return {name: layer.weight.detach() for name, layer in layers.items()}
 
 
 def signs(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -250,32 +245,21 @@ class BinaryMetrics:
             name: unpack_signs(state["initial_signs"][name], sign.shape).to(sign.device)
             for name, sign in self.previous.items()
         }
-        if "flips" in state:
-            self.iterations = state["iterations"]
-            for name, flips in state["flips"].items():
-                self.flips[name] += flips.to(self.images.device)
+        self.iterations = state["iterations"]
+        for name, flips in state["flips"].items():
+            self.flips[name] += flips.to(self.images.device)
 
 
 class NoMetrics:
     """Stands in for `BinaryMetrics` where nothing is measured."""
 
-    def set_initial_signs(self) -> None:
+    def _nothing(self, *_) -> None:
         pass
 
-    def on_step_end(self, state: Any) -> None:
-        pass
-
-    def on_epoch_end(self, state: Any) -> None:
-        pass
+    set_initial_signs = on_step_end = on_epoch_end = state_dict = load_state_dict = _nothing
 
     def summary(self) -> dict[str, Any]:
         return {}
-
-    def state_dict(self) -> None:
-        return None
-
-    def load_state_dict(self, state: Any) -> None:
-        pass
 
 
 FIXED_IMAGES = 32  # on which saturation is measured

@@ -64,23 +64,30 @@ DECAY_GROUPS: dict[str, Callable[[str, nn.Parameter], bool]] = {
     "convolutions": decays_if_convolution,
 }
 
-# Epochs by which the schedule runs ahead.
-SCHEDULES = {"released": 1, "textbook": 0}
 
+def released_schedule(epoch: int, epochs: int) -> float:
+    """1 - (epoch + 1) / epochs: the scheduler is stepped before the first epoch.
 
-def learning_rate(epoch: int, base: float, epochs: int, schedule: str = "released") -> float:
-    """Rate of a whole epoch, counted from 0, decaying linearly over `epochs`.
-
-    released: base * (1 - (epoch + 1) / epochs): the scheduler is stepped before the first epoch,
-        so the base rate is never used and the last epoch runs at exactly 0 (only BN moves).
-    textbook: base * (1 - epoch / epochs).
+    So the base rate is never used, and the last epoch runs at exactly 0 (only BN moves).
     """
-    return base * (1 - (epoch + SCHEDULES[schedule]) / epochs)
+    return 1 - (epoch + 1) / epochs
+
+
+def textbook_schedule(epoch: int, epochs: int) -> float:
+    """1 - epoch / epochs."""
+    return 1 - epoch / epochs
+
+
+# Rate of a whole epoch, counted from 0, as a share of the base rate.
+SCHEDULES: dict[str, Callable[[int, int], float]] = {
+    "released": released_schedule,
+    "textbook": textbook_schedule,
+}
 
 
 def set_learning_rate(optimizer: Optimizer, epoch: int, config) -> float:
     """Give all parameter groups the rate of `epoch`, and return it."""
-    rate = learning_rate(epoch, config.learning_rate, config.epochs, config.schedule)
+    rate = config.learning_rate * SCHEDULES[config.schedule](epoch, config.epochs)
     for group in optimizer.param_groups:
         group["lr"] = rate
     return rate

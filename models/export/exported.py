@@ -1,14 +1,27 @@
 """Networks written for an engine, run as if they were modules."""
 
-from collections.abc import Callable
-from pathlib import Path
+import importlib
+from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.run.errors import UserError
+
 INPUT, OUTPUT = "images", "logits"
 VAL_RESIZE = "val_resize"  # metadata: shorter side of validation images before the central crop
+
+
+def import_engine(requirements: str, *packages: str) -> ModuleType:
+    """Import the packages that a form of export needs, and return the first of them."""
+    try:
+        modules = [importlib.import_module(package) for package in packages]
+        return modules[0]
+    except ImportError as error:
+        raise UserError(
+            f"this form needs the package {error.name}: python -m pip install -r {requirements}"
+        ) from error
 
 
 class ExportedNetwork(nn.Module):
@@ -18,26 +31,18 @@ class ExportedNetwork(nn.Module):
     None; they compute one batch in `run`.
     """
 
-    path: Path
-    image_size: int
-    val_resize: int
-    batch: int | None
-    run: Callable[[np.ndarray], np.ndarray]
-
     @property
     def model(self) -> nn.Module:
-        """What answers, under the name it has in `LoadedNetwork`."""
+        """Itself, under the name that `LoadedNetwork` has for its network."""
         return self
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # (N, 3, S, S)
         pixels = images.cpu().numpy()
-        fixed = self.batch or len(pixels)
-        logits = []
-        for start in range(0, len(pixels), fixed):
-            part = pixels[start : start + fixed]
-            padded = np.concatenate([part, part[:1].repeat(fixed - len(part), axis=0)])
-            logits.append(self.run(padded)[: len(part)])
-        return torch.from_numpy(np.concatenate(logits)).to(images.device)
+        batch = self.batch or len(pixels)
+        padding = pixels[:1].repeat(-len(pixels) % batch, axis=0)
+        batches = np.concatenate([pixels, padding]).reshape(-1, batch, *pixels.shape[1:])
+        logits = np.concatenate([self.run(pixels) for pixels in batches])[: len(images)]
+        return torch.from_numpy(logits).to(images.device)  # (N, classes)

@@ -24,8 +24,8 @@ from utils.run.errors import UserError
 def fold_scales(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode whose binary kernels are -1 and +1 and whose scales are 1.
 
-    A channel whose latents are all zero outputs 0; it is given the kernel +1, and what follows is
-    made constant instead.
+    A channel whose latent weights are all zero outputs 0; it is given the kernel +1, and what
+    follows is made constant instead.
 
     Raises:
         UserError: the network has no binary weights.
@@ -34,7 +34,7 @@ def fold_scales(model: nn.Module) -> nn.Module:
         raise UserError(f"this {type(model).__name__} has real weights: there is nothing to fold")
     model = copy.deepcopy(model).eval()
     for block in model.modules():
-        for conv_name, target_name in getattr(block, "scale_folds_into", {}).items():
+        for conv_name, target_name in getattr(block, "scale_folds_into", ()):
             conv = getattr(block, conv_name, None)
             if isinstance(conv, BinaryConv2d):
                 alpha = channel_scale(conv.weight.double()).flatten()  # (O,)
@@ -43,38 +43,25 @@ def fold_scales(model: nn.Module) -> nn.Module:
     return model
 
 
-def _fold_into(layer: nn.Module, alpha: Tensor) -> None:
+def _fold_into(layer: nn.BatchNorm2d | LearnedScale, alpha: Tensor) -> None:
     if isinstance(layer, LearnedScale):
         layer.channel.copy_(layer.channel.double() * alpha[:, None, None])
-    else:
-        _fold_into_batch_norm(layer, alpha)
-
-
-def _fold_into_batch_norm(bn: nn.BatchNorm2d, alpha: Tensor) -> None:
-    mean, var = bn.running_mean.double(), bn.running_var.double()
-    dead = alpha == 0
-    constant = bn.bias - bn.weight * mean / torch.sqrt(var + bn.eps)
-    bn.bias.copy_(torch.where(dead, constant, bn.bias))
-    bn.weight.copy_(torch.where(dead, 0, bn.weight))
-    alpha = torch.where(dead, 1, alpha)
-    bn.running_mean.copy_(mean / alpha)
-    bn.running_var.copy_((var + bn.eps) / alpha.square() - bn.eps)
+        return
+    mean, var = layer.running_mean.double(), layer.running_var.double()
+    is_zero = alpha == 0
+    constant = layer.bias - layer.weight * mean / torch.sqrt(var + layer.eps)
+    layer.bias.copy_(torch.where(is_zero, constant, layer.bias))
+    layer.weight.copy_(torch.where(is_zero, 0, layer.weight))
+    alpha = torch.where(is_zero, 1, alpha)
+    layer.running_mean.copy_(mean / alpha)
+    layer.running_var.copy_((var + layer.eps) / alpha.square() - layer.eps)
 
 
 @torch.no_grad()
 def to_plain_convs(model: nn.Module) -> nn.Module:
     """A copy of `model` in eval mode, its binary convolutions `nn.Conv2d` of the same kernels."""
-    model = copy.deepcopy(model)
-    for name, conv in binary_convolutions(model).items():
-        plain = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            bias=False,
-        ).to(conv.weight)
-        plain.weight.copy_(binarize_weight(conv.weight))
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, plain)
-    return model.eval()
+    model = copy.deepcopy(model).eval()
+    for conv in binary_convolutions(model).values():
+        conv.weight.copy_(binarize_weight(conv.weight))
+        conv.__class__ = nn.Conv2d
+    return model

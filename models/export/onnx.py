@@ -1,7 +1,5 @@
 """ONNX: write a network, and run a written one with onnxruntime as if it were a module."""
 
-import contextlib
-import io
 import logging
 from pathlib import Path
 
@@ -9,25 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.export.exported import INPUT, OUTPUT, VAL_RESIZE, ExportedNetwork
+from models.export.exported import INPUT, OUTPUT, VAL_RESIZE, ExportedNetwork, import_engine
 from models.export.fold import to_plain_convs
 from utils.checkpoint.files import atomic_write
 from utils.run.errors import UserError
 
 SUFFIX = ".onnx"
-
-
-def _onnxruntime():
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"ONNX files need the package {error.name}:"
-            " python -m pip install -r requirements-export.txt"
-        ) from error
-    return onnxruntime
+PACKAGES = ("requirements-export.txt", "onnxruntime", "onnx", "onnxscript")
 
 
 def write_onnx(
@@ -38,20 +24,22 @@ def write_onnx(
     Args:
         batch: N; None leaves it dynamic.
         val_resize: shorter side of validation images before the central crop, kept as metadata.
+
+    Raises:
+        UserError: a package is missing, or no room.
     """
-    _onnxruntime()
+    import_engine(*PACKAGES)
     # Two images, because the exporter takes a dimension of 1 for a constant.
     example = torch.zeros(batch or 2, 3, image_size, image_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its stages there
-        program = torch.onnx.export(
-            to_plain_convs(model),
-            (example,),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
-            dynamo=True,
-        )
+    program = torch.onnx.export(
+        to_plain_convs(model),
+        (example,),
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
     network = program.model_proto
     network.metadata_props.add(key=VAL_RESIZE, value=str(val_resize))
     atomic_write(path, lambda file: file.write(network.SerializeToString()))
@@ -67,7 +55,7 @@ class OnnxNetwork(ExportedNetwork):
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
-        runtime = _onnxruntime()
+        runtime = import_engine(*PACKAGES)
         try:
             self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
             (self.input,) = self.session.get_inputs()

@@ -4,10 +4,11 @@ The loss at (alpha, beta) is that of the network with weights w + alpha * d1 + b
 binary network w are the latent weights, and Sign and the scale follow from the moved ones.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 Direction = Mapping[str, Tensor]
 
@@ -30,13 +31,10 @@ def filter_normalised_direction(model: nn.Module, generator: torch.Generator) ->
     for name, parameter in model.named_parameters():
         if moves(name, parameter):
             random = torch.randn(parameter.shape, generator=generator).to(parameter)
-            direction[name] = random * (_filter_norms(parameter) / _filter_norms(random))
+            axes = tuple(range(1, parameter.ndim))
+            own, drawn = (vector_norm(w, dim=axes, keepdim=True) for w in (parameter, random))
+            direction[name] = random * (own / drawn)  # (O, ...) * (O, 1, ...)
     return direction
-
-
-def _filter_norms(weight: Tensor) -> Tensor:
-    """(O, ...) -> (O, 1, ...)."""
-    return weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1))
 
 
 @torch.no_grad()
@@ -55,19 +53,3 @@ def move_to(
     first, second = directions
     moved = {name: centre[name] + alpha * first[name] + beta * second[name] for name in first}
     model.load_state_dict({**centre, **moved})
-
-
-@torch.no_grad()
-def recalibrate_batch_norm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Replace the running statistics of every BN by the plain average over `batches`."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    for images, _ in batches:
-        model(images)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()

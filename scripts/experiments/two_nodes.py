@@ -11,14 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.binarize import sign_clip
+from utils.binarize import sign
 
 START = (0.1, 2.4)
-
-
-def loss(nodes: Tensor) -> Tensor:
-    """Pre-activations (..., 2) -> Sign(x) + Sign(y), shape (...)."""
-    return sign_clip(nodes).sum(-1)
 
 
 def descend(
@@ -43,7 +38,7 @@ def descend(
     for _ in range(steps):
         samples = noise * torch.randn(batch_size, 2, generator=generator, dtype=torch.float64)
         update.zero_grad()
-        loss(weights + samples).mean().backward()
+        sign(weights + samples, ste="clip").sum(1).mean().backward()  # of Sign(x) + Sign(y)
         update.step()
         path.append(weights.detach().clone())
     return torch.stack(path)

@@ -37,20 +37,13 @@ class Checkpoint:
     @property
     def epoch(self) -> int | None:
         """The last epoch finished, counted from 0; -1 within the first one."""
-        epoch = self._number("epoch")
-        return None if epoch is None else int(epoch)
+        return self.content.get("epoch")
 
     @property
     def top1(self) -> float | None:
-        """The best validation accuracy up to then, in percent."""
-        return self._number("best_top1_acc")
-
-    def _number(self, name: str) -> float | None:
-        value = self.content.get(name)
-        try:
-            return None if value is None else float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path} is damaged: its {name} is not a number") from error
+        """The best validation accuracy up to then, in percent; a tensor in released files."""
+        top1 = self.content.get("best_top1_acc")
+        return None if top1 is None else float(top1)
 
     @cached_property
     def digest(self) -> str:
@@ -79,12 +72,10 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         state, content = read_packed(path)
         return Checkpoint(path, "packed", state, content)
     content = _read_data(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
-    if "state_dict" not in content:
+    if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}
-    state = content["state_dict"]
-    if not (isinstance(state, dict) and state and all(map(_is_entry, state.items()))):
+    state = content["state_dict"] if isinstance(content, dict) else None
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
         raise UserError(f"{path} is not a checkpoint: it has no state_dict of tensors")
     if "config" in content:
         layout = "this repo's layout"
@@ -96,33 +87,28 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(path, layout, state, content)
 
 
-def _is_entry(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and torch.is_tensor(item[1])
-
-
 def _read_data(path: Path) -> Any:
     try:
-        if not is_intact(path):
-            raise UserError(
-                f"{path} is damaged or truncated: it does not fit the SHA-256 it was written with;"
-                " fetch or write it again"
-            )
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
+        intact = is_intact(path)
+        content = torch.load(path, map_location="cpu", weights_only=True) if intact else None
     except FileNotFoundError as error:
         raise UserError(f"checkpoint {path} does not exist") from error
     except OSError as error:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # damaged bytes raise whatever they happen to mean
         if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise UserError(
-                f"{path} is refused: it names code to run, and a checkpoint is read as data only"
-            ) from error
+            reason = "it names code to run, and a checkpoint is read as data only"
+            raise UserError(f"{path} is refused: {reason}") from error
         raise UserError(
             f"{path} is not a checkpoint, or a damaged or truncated one"
             f" ({type(error).__name__}): fetch or write it again"
         ) from error
+    if not intact:
+        raise UserError(
+            f"{path} is damaged or truncated: it does not fit the SHA-256 it was written with;"
+            " fetch or write it again"
+        )
+    return content
 
 
 def load_initial_weights(model: nn.Module, path: str | None) -> str:

@@ -36,22 +36,15 @@ def atomic_write(
         if before_replacing:
             before_replacing()
         unfinished.replace(path)
-        _sync_directory(path.parent)
+        if os.name == "posix":  # makes the renaming survive a power cut
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
-
-
-def _sync_directory(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

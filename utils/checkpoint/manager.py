@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -31,7 +31,6 @@ from utils.checkpoint.checkpoint import (
     BEST,
     NEWEST,
     PREVIOUS,
-    Checkpoint,
     load_strictly,
     read_checkpoint,
     write_checkpoint,
@@ -75,6 +74,7 @@ def epoch_checkpoint_path(folder: Path | str, epoch: int) -> Path:
     return Path(folder) / f"epoch_{epoch}.pth.tar"
 
 
+@dataclass
 class CheckpointManager:
     """Saves a run after each epoch, every `checkpoint_minutes` and on signals; a context.
 
@@ -84,22 +84,15 @@ class CheckpointManager:
     the next one tries again.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        dist: DistEnv,
-        model: nn.Module,
-        optimizer: Optimizer,
-        metrics: BinaryMetrics | NoMetrics,
-        state: TrainState,
-    ):
-        self.config = config
-        self.dist = dist
-        self.model = model
-        self.optimizer = optimizer
-        self.metrics = metrics
-        self.state = state
-        self.folder = Path(config.save)
+    config: Config
+    dist: DistEnv
+    model: nn.Module
+    optimizer: Optimizer
+    metrics: BinaryMetrics | NoMetrics
+    state: TrainState
+
+    def __post_init__(self):
+        self.folder = Path(self.config.save)
         self.pending: dict[Path, dict[str, Any]] = {}
         self.signals: set[int] = set()
         self.last_save = time.monotonic()
@@ -113,11 +106,10 @@ class CheckpointManager:
         Raises:
             UserError: both are damaged, or of a run with settings that compute something else.
         """
-        read: list[Checkpoint] = []  # by rank 0, while it looked for an intact one
-        path, problem = broadcast_from_rank0(self.dist, lambda: _newest_intact(self.folder, read))
+        path, problem = broadcast_from_rank0(self.dist, lambda: _newest_intact(self.folder))
         if path is None:
             return ""
-        checkpoint = read[0] if read else read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
         content = checkpoint.content
         differences = self.config.differences(content.get("config", {}))
         if differences:
@@ -138,7 +130,10 @@ class CheckpointManager:
                 f"{checkpoint.path} was not written by a run of this repo and cannot be continued"
                 f" ({error!r}): pass --save with another folder"
             ) from error
-        return f"{_position(self.state)} of this run, which goes on{problem}"
+        history, iteration = self.state.history, self.state.iteration
+        position = f"epoch {history[-1]['epoch']}" if history else "the beginning"
+        position += f" and {iteration} iterations" if iteration else ""
+        return f"{position} of this run, which goes on{problem}"
 
     def __enter__(self) -> "CheckpointManager":
         self.previous_handlers = {}
@@ -243,11 +238,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     write_checkpoint(path, content, keep_previous if path.name == NEWEST else None)
 
 
-def _newest_intact(folder: Path, read: list[Checkpoint]) -> tuple[Path | None, str]:
+def _newest_intact(folder: Path) -> tuple[Path | None, str]:
     """Where the checkpoint to go on from is, None without any, and what is wrong with a newer one.
-
-    Args:
-        read: gets the checkpoint.
 
     Raises:
         UserError: there are checkpoints, and all are damaged.
@@ -256,7 +248,7 @@ def _newest_intact(folder: Path, read: list[Checkpoint]) -> tuple[Path | None, s
     for path in (folder / NEWEST, folder / PREVIOUS):
         if path.exists():
             try:
-                read.append(read_checkpoint(path))
+                read_checkpoint(path)
                 return path, "".join(f"; warning: {problem}" for problem in problems)
             except UserError as error:
                 problems.append(error)
@@ -276,12 +268,6 @@ def restore_mid_epoch(state: TrainState, unfinished: Mapping[str, Any], dist: Di
     elif dist.is_rank0:
         total = sum(peer["sums"]["sums"] for peer in peers)
         state.meter = Meter({**peers[0]["sums"], "sums": total})
-
-
-def _position(state: TrainState) -> str:
-    finished = f"epoch {state.history[-1]['epoch']}" if state.history else "the beginning"
-    further = f" and {state.iteration} iterations" if state.iteration else ""
-    return finished + further
 
 
 def rng_state() -> dict[str, Any]:

@@ -5,8 +5,9 @@ run that goes on needs no state of a loader.
 """
 
 import sys
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, ImageFolder
 
 from utils.data.decode import CroppedImage, nvimagecodec, undecodable, whole_image
-from utils.data.image_folder import ImageFolder, is_folder
+from utils.data.image_folder import open_image_folder
 from utils.data.shapes import write_shapes
 from utils.data.transforms import TrainTransform, ValTransform, normalize_batch
 from utils.run.command_line import printable
@@ -31,6 +32,7 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
+@dataclass(eq=False)
 class SeededDataset(Dataset):
     """Item (epoch, index) is image `index`, augmented as a function of (seed, epoch, index).
 
@@ -43,20 +45,15 @@ class SeededDataset(Dataset):
         skip: so many images may be unreadable; each is replaced by the next one that is not.
     """
 
-    def __init__(
-        self,
-        images: ImageFolder | CIFAR10,
-        transform,
-        seed: int = 0,
-        per_class: int | None = None,
-        skip: int = 0,
-    ):
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.classes: list[str] = images.classes
-        self.chosen = _first_of_each_class(images.targets, per_class)
-        self.skip = skip
+    images: ImageFolder | CIFAR10
+    transform: Callable
+    seed: int = 0
+    per_class: int | None = None
+    skip: int = 0
+
+    def __post_init__(self):
+        self.classes: list[str] = self.images.classes
+        self.chosen = _first_of_each_class(self.images.targets, self.per_class)
         # Shared with the loading workers, so that each image counts once.
         self.unreadable = torch.zeros(len(self.chosen), dtype=torch.bool).share_memory_()
 
@@ -68,7 +65,11 @@ class SeededDataset(Dataset):
         seed = mixed_seed(self.seed, epoch, index)
         while True:
             try:
-                return self._augmented(self.chosen[index], seed)
+                image, label = self._read(self.chosen[index])
+                # Without workers this is the training process, whose generator must not move.
+                with torch.random.fork_rng(devices=[]):
+                    torch.default_generator.manual_seed(seed)
+                    return *self.transform(image), label
             except UserError as error:
                 if self.skip == 0:
                     raise
@@ -79,13 +80,6 @@ class SeededDataset(Dataset):
         """Images of epoch 0 as the network takes them, (n, 3, S, S), and their labels (n,)."""
         pixels, shifts, labels = default_collate([self[0, index] for index in indices])
         return normalize_batch(pixels, shifts), labels
-
-    def _augmented(self, index: int, seed: int) -> tuple[Tensor, Tensor, int]:
-        image, label = self._opened(index)
-        # Without workers this runs in the training process, whose generator must not move.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            return *self.transform(image), label
 
     def _count_unreadable(self, index: int, error: UserError) -> None:
         if self.unreadable[index]:
@@ -99,7 +93,7 @@ class SeededDataset(Dataset):
         warning = printable(f"warning: {error}; replaced, {count} of {self.skip}")
         print(warning, file=sys.stderr, flush=True)
 
-    def _opened(self, index: int) -> tuple[Image.Image | CroppedImage, int]:
+    def _read(self, index: int) -> tuple[Image.Image | CroppedImage, int]:
         try:
             return self.images[index]
         except Exception as error:  # PIL raises many types for a file it cannot decode
@@ -111,13 +105,10 @@ def _first_of_each_class(labels: Sequence[int], count: int | None) -> Sequence[i
     """Indices, in order, of the first `count` images of each class; all of them for None."""
     if count is None:
         return range(len(labels))
-    seen = Counter()
-    chosen = []
+    places = defaultdict(list)
     for index, label in enumerate(labels):
-        if seen[label] < count:
-            seen[label] += 1
-            chosen.append(index)
-    return chosen
+        places[label].append(index)
+    return sorted(index for of_class in places.values() for index in of_class[:count])
 
 
 def require_same_classes(data: str, train: "SeededDataset", val: "SeededDataset") -> None:
@@ -148,48 +139,31 @@ def open_val_images(config: Config, dist: DistEnv) -> SeededDataset:
 
 
 def _open_split(config: Config, dist: DistEnv, train: bool) -> ImageFolder | CIFAR10:
+    folder = Path(config.data)
     with local_rank0_first(dist):
-        if config.data == "cifar10":
-            return _cifar10(config, train)
-        folder = Path(config.data)
-        if config.data == "shapes":
-            folder = Path(config.cache_dir) / "shapes"
-            _draw_shapes(folder)
-        if train:
-            return _image_folder(folder, "train", _reader(config.decoder))
-        return _image_folder(folder, config.val_dir, whole_image)
+        try:
+            if config.data == "cifar10":
+                return CIFAR10(config.cache_dir, train=train, download=True)
+            if config.data == "shapes":
+                folder = Path(config.cache_dir) / "shapes"
+                write_shapes(folder)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"cannot get {config.data} into {config.cache_dir} ({error}):"
+                " pass --cache_dir with a folder that can be written, or --data with your own"
+            ) from error
+        root = folder / ("train" if train else config.val_dir)
+        if not root.is_dir():
+            raise UserError(
+                f"data folder {root} does not exist: pass --data with the folder that holds"
+                f" train/<class>/ and {config.val_dir}/<class>/, or --data shapes for the built-in"
+                " images"
+            )
+        return open_image_folder(root, _reader(config.decoder) if train else whole_image)
 
 
 def _reader(decoder: str) -> Callable[[str], Image.Image | CroppedImage]:
     if decoder == "pil":
         return whole_image
-    nvimagecodec()  # so that a missing package is told before training
+    nvimagecodec()  # so that a missing package is reported before training
     return CroppedImage
-
-
-def _image_folder(folder: Path, split: str, read: Callable) -> ImageFolder:
-    root = folder / split
-    if not is_folder(root):
-        raise UserError(
-            f"data folder {root} does not exist: pass --data with the folder that holds"
-            f" train/<class>/ and {split if split != 'train' else 'val'}/<class>/,"
-            " or --data shapes for the built-in images"
-        )
-    return ImageFolder(root, loader=read)
-
-
-def _cifar10(config: Config, train: bool) -> CIFAR10:
-    try:
-        return CIFAR10(config.cache_dir, train=train, download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot get CIFAR-10 into {config.cache_dir}: {error}") from error
-
-
-def _draw_shapes(folder: Path) -> None:
-    try:
-        write_shapes(folder)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the built-in images to {folder} ({error.strerror}):"
-            " pass --cache_dir with a folder that can be written"
-        ) from error

@@ -49,13 +49,16 @@ class CroppedImage:
         Raises:
             UserError: they cannot be decoded.
         """
-        pixels = self._region(box) if self._has_exact_regions(box) else None
-        return self._of_whole_image(box) if pixels is None else pixels
-
-    def _has_exact_regions(self, box: Box) -> bool:
         # A file without its end is Pillow's to judge, wherever the crop lies.
         is_whole_jpeg = self.image.format == "JPEG" and self.file.endswith(END_OF_JPEG)
-        return is_whole_jpeg and self.image.mode in ("RGB", "L") and box[2] - box[0] >= _NARROWEST
+        if is_whole_jpeg and self.image.mode in ("RGB", "L") and box[2] - box[0] >= _NARROWEST:
+            pixels = self._region(box)
+            if pixels is not None:
+                return pixels
+        try:
+            return self.image.crop(box).convert("RGB")
+        except Exception as error:  # PIL raises many types for a file it cannot decode
+            raise undecodable(self.path, error) from error
 
     def _region(self, box: Box) -> np.ndarray | None:
         """None where nvImageCodec gives up; Pillow then tells whether the image can be read."""
@@ -66,12 +69,6 @@ class CroppedImage:
         options = codec.DecodeParams(apply_exif_orientation=False)
         pixels = _region_decoder(os.getpid()).decode(stream, params=options)
         return None if pixels is None else np.asarray(pixels.cpu())
-
-    def _of_whole_image(self, box: Box) -> Image.Image:
-        try:
-            return self.image.crop(box).convert("RGB")
-        except Exception as error:  # PIL raises many types for a file it cannot decode
-            raise undecodable(self.path, error) from error
 
 
 def undecodable(where: object, error: Exception) -> UserError:

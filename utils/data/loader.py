@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ def val_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefetc
     return PrefetchLoader(images, batches, config.workers, dist.device)
 
 
+@dataclass
 class EpochBatchSampler(Sampler[list[Key]]):
     """One process's share of each batch of a permutation drawn from (seed, epoch).
 
@@ -73,19 +75,16 @@ class EpochBatchSampler(Sampler[list[Key]]):
     process it is left out.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world_size: int):
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.set_epoch(0)
+    length: int
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+    epoch: int = 0
+    start_batch: int = 0
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Let the next iteration give the batches of `epoch` from `start_batch` on.
-
-        The order is drawn anew, so the position of a run that goes on is that one number.
-        """
+        """Let the next iteration give the batches of `epoch` from `start_batch` on."""
         self.epoch = epoch
         self.start_batch = start_batch
 
@@ -111,29 +110,26 @@ def val_batches(length: int, batch_size: int, rank: int, world_size: int) -> lis
     return [[(0, index) for index in batch.tolist()] for batch in batches]
 
 
+@dataclass(eq=False)
 class PrefetchLoader:
     """Batches of a data set as (n, 3, S, S) network inputs and (n,) labels on the device.
 
     On a GPU each is copied and normalised on a stream of its own while the one before is computed.
     """
 
-    def __init__(
-        self,
-        dataset: SeededDataset,
-        sampler: EpochBatchSampler | Sequence[list[Key]],
-        workers: int,
-        device: torch.device,
-    ):
-        self.dataset = dataset
-        self.sampler = sampler
-        self.device = device
+    dataset: SeededDataset
+    sampler: EpochBatchSampler | Sequence[list[Key]]
+    workers: int
+    device: torch.device
+
+    def __post_init__(self):
         # More workers than cores only wait for each other, and no result depends on their number.
-        workers = min(workers, usable_cores())
+        workers = min(self.workers, usable_cores())
         self.loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
+            self.dataset,
+            batch_sampler=self.sampler,
             num_workers=workers,
-            pin_memory=device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=worker_init,
             # Its own generator: the loader draws a seed for its workers, which nothing here uses.

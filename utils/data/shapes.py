@@ -20,23 +20,13 @@ _SUPERSAMPLING = 4
 _SPLITS = {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS}
 
 
-def _polygon(*points: tuple[float, float]) -> np.ndarray:
-    return np.array(points, dtype=float)
-
-
 def _regular(corners: int, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> np.ndarray:
     angle = 2 * np.pi * np.arange(corners) / corners - np.pi / 2
     return np.stack([x + radius * np.cos(angle), y + radius * np.sin(angle)], axis=1)
 
 
 def _box(left: float, top: float, right: float, bottom: float) -> np.ndarray:
-    return _polygon((left, top), (right, top), (right, bottom), (left, bottom))
-
-
-def _star() -> np.ndarray:
-    points = _regular(10)
-    points[1::2] *= 0.42
-    return points
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)], dtype=float)
 
 
 def _turned(points: np.ndarray, angle: float) -> np.ndarray:
@@ -44,6 +34,7 @@ def _turned(points: np.ndarray, angle: float) -> np.ndarray:
     return points @ np.array([[cos, sin], [-sin, cos]])
 
 
+_STAR = _regular(10) * np.tile([1, 0.42], 5)[:, None]
 _PLUS = [_box(-1, -0.3, 1, 0.3), _box(-0.3, -1, 0.3, 1)]
 
 # Each class in the unit disc: polygons to fill, then polygons to cut out.
@@ -56,7 +47,7 @@ SHAPES: dict[str, tuple[list[np.ndarray], list[np.ndarray]]] = {
     "plus": (_PLUS, []),
     "ring": ([_regular(32)], [_regular(32, 0.55)]),
     "square": ([_box(-0.85, -0.85, 0.85, 0.85)], []),
-    "star": ([_star()], []),
+    "star": ([_STAR], []),
     "triangle": ([_regular(3)], []),
 }
 

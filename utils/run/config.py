@@ -10,7 +10,6 @@ import dataclasses
 import math
 import operator
 import os
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +20,13 @@ import yaml
 
 from utils.binarize import ACTIVATION_STES, LATENT_INITS
 from utils.data.decode import DECODERS
+from utils.data.transforms import LIGHTING, RESIZE
 from utils.optim import DECAY_GROUPS, SCHEDULES
 from utils.precision import PRECISIONS
 from utils.run.command_line import Parser
 from utils.run.errors import UserError
 
 BUILTIN_DATA = ("shapes", "cifar10")
-LIGHTINGS = ("released", "textbook", "none")
-RESIZES = ("pil", "torch")
 BOUNDS = {
     "minimum": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -38,26 +36,12 @@ BOUNDS = {
 
 
 def _option(help_text: str, default: Any = dataclasses.MISSING, **metadata: Any):
-    """A field of the configuration.
+    """A field with its range (`choices` and the keys of `BOUNDS`), and
 
-    Args:
-        metadata: its range (`choices` and the keys of `BOUNDS`); `path`, which of its values are
-            file paths; `place`, whether it only says where things lie or how a run is kept, so
-            that the run may be continued with another value.
+    path: whether it names a file;
+    place: whether it only says where things lie, so that a run may be continued with another value.
     """
     return field(default=default, metadata={"help": help_text, **metadata})
-
-
-def _always(value: str) -> bool:
-    return True
-
-
-def _names_folder(data: str) -> bool:
-    return data not in BUILTIN_DATA
-
-
-def _names_file(teacher: str) -> bool:
-    return os.sep in teacher or "." in teacher  # no torchvision network has either in its name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,22 +49,14 @@ class Config:
     """All settings of a training run.  Those without a default are the recipe of `config.yaml`."""
 
     # Data
-    data: str = _option(
-        "folder with train/<class>/ and val/<class>/, or shapes (drawn here), or cifar10",
-        path=_names_folder,
-        place=True,
-    )
+    data: str = _option("folder of train/ and val/, or shapes, or cifar10", path=True, place=True)
     val_dir: str = _option("name of the validation folder inside data", "val", place=True)
-    cache_dir: str = _option("where shapes and cifar10 are kept", path=_always, place=True)
-    workers: int = _option(
-        "image loading processes of each training process", minimum=0, place=True
-    )
-    train_per_class: int | None = _option(
-        "train on the first so many images of each class, or none for all", None, minimum=1
-    )
+    cache_dir: str = _option("where shapes and cifar10 are kept", path=True, place=True)
+    workers: int = _option("image loading processes of each process", minimum=0, place=True)
+    train_per_class: int | None = _option("train on the first so many of a class", None, minimum=1)
     val_per_class: int | None = _option("the same for validation", None, minimum=1)
     skip_unreadable: int = _option(
-        "training images that may be unreadable, each replaced by the next one",
+        "training images that may be unreadable, each replaced by the next",
         0,
         minimum=0,
         place=True,
@@ -88,31 +64,24 @@ class Config:
     image_size: int = _option("pixels, height and width", 224, minimum=1)
     val_resize: int = _option("shorter side before the central crop", 256, minimum=1)
     crop_scale: float = _option("smallest area of a random crop", 0.08, above=0, maximum=1)
-    lighting: str = _option("colour noise", "released", choices=LIGHTINGS)
+    lighting: str = _option("colour noise", "released", choices=LIGHTING)
 
     # Network
     model: str = _option("name of a network in models/")
     binary_activations: bool = _option("Sign before each binary convolution")
     binary_weights: bool = _option("mean|w| * Sign(w) in each binary convolution")
     activation_ste: str | None = _option(
-        "gradient of Sign; none for the network's own", None, choices=tuple(ACTIVATION_STES)
+        "gradient of Sign; none for the network's own", None, choices=ACTIVATION_STES
     )
     latent_init: str = _option("latent weights from scratch", "positive", choices=LATENT_INITS)
     width: float = _option("multiplies every channel count", 1.0, above=0)
     small_images: bool = _option("fewer strides, for 32-pixel images", False)
-    init_from: str | None = _option(
-        "checkpoint the weights start from, or none", path=_always, place=True
-    )
+    init_from: str | None = _option("checkpoint to start from, or none", path=True, place=True)
 
     # Loss
-    teacher: str | None = _option(
-        "torchvision network, checkpoint trained here, or none (labels)", path=_names_file
-    )
+    teacher: str | None = _option("torchvision network, checkpoint, or none (labels)", path=True)
     teacher_checkpoint: str | None = _option(
-        "weights of the torchvision teacher, where it cannot be downloaded",
-        None,
-        path=_always,
-        place=True,
+        "weights of the torchvision teacher, to download none", None, path=True, place=True
     )
     label_smoothing: float = _option("of the loss on labels", 0.0, minimum=0, below=1)
 
@@ -124,47 +93,35 @@ class Config:
     optimizer: str = _option("name in torch.optim", "Adam")
     optimizer_options: dict | None = _option("as in {momentum: 0.9}", None)  # noqa: RUF009
     decay_group: str = _option(
-        "what decays; released takes in the shifts",
-        "released",
-        choices=tuple(DECAY_GROUPS),
+        "what decays; released includes the shifts", "released", choices=DECAY_GROUPS
     )
     schedule: str = _option(
-        "linear decay; released runs one epoch ahead", "released", choices=tuple(SCHEDULES)
+        "linear decay; released runs one epoch ahead", "released", choices=SCHEDULES
     )
-
     accumulate: int = _option("parts a batch is computed in, BN statistics of each", 1, minimum=1)
 
     # Speed
     decoder: str = _option(
-        "of training images, pixels the same; nvimagecodec decodes only the crop of a JPEG",
+        "of training images, same pixels; nvimagecodec decodes only the crop of a JPEG",
         "pil",
         choices=DECODERS,
         place=True,
     )
     resize: str = _option(
-        "of training crops, pil as released; torch is faster, a byte may differ by 2",
-        "pil",
-        choices=RESIZES,
+        "of crops; torch is faster, a byte may differ by 2", "pil", choices=RESIZE
     )
     precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
     compile: bool = _option("torch.compile the network and its teacher", False)
     channels_last: bool = _option("memory layout of convolutions", False)
 
     # Run
-    save: str = _option(
-        "folder for checkpoints, logs and the resolved configuration", path=_always, place=True
-    )
-    keep_epochs: list | None = _option(  # noqa: RUF009
-        "epochs, counted from 0, whose checkpoints are kept besides: [0, 9]", None, place=True
-    )
+    save: str = _option("folder for checkpoints, logs and configuration", path=True, place=True)
+    keep_epochs: list | None = _option("keep these epochs' checkpoints: [0, 9]", None, place=True)  # noqa: RUF009
     checkpoint_minutes: float = _option(
-        "time between checkpoints within an epoch; 0 for one after each iteration",
-        15.0,
-        minimum=0,
-        place=True,
+        "between checkpoints within an epoch; 0 for each iteration", 15.0, minimum=0, place=True
     )
     seed: int = _option(
-        "of initialisation, order and augmentation", 0, minimum=0, maximum=2**63 - 1
+        "of initialization, order and augmentation", 0, minimum=0, maximum=2**63 - 1
     )
     live_measures: bool = _option("FF, C2I, saturation, CAM and SDAM in each epoch's record", True)
     sync_bn: bool = _option("BN statistics over all processes instead of each one's", False)
@@ -176,14 +133,7 @@ class Config:
                 " that is cut out of it: make it at least as large"
             )
         if any(type(epoch) is not int or epoch < 0 for epoch in self.keep_epochs or ()):
-            raise UserError(
-                f"keep_epochs must be whole numbers from 0, not {_shown(self.keep_epochs)}"
-            )
-        if not all(map(_is_plain, (self.optimizer_options or {}).items())):
-            raise UserError(
-                "optimizer_options must give names numbers, text, true, false, or lists of these,"
-                f" not {_shown(self.optimizer_options)}"
-            )
+            raise UserError(f"keep_epochs must be whole numbers from 0, not {self.keep_epochs}")
         if self.teacher and self.label_smoothing:
             raise UserError(
                 "label_smoothing acts on labels, which a teacher replaces:"
@@ -226,21 +176,6 @@ _TYPE_NAMES = {
 }
 
 
-_shortened = reprlib.Repr()
-_shortened.maxlevel = 3
-_shortened.maxstring = _shortened.maxother = 100
-_shown = _shortened.repr  # a value for a message
-
-
-def _is_plain(option: tuple[Any, Any]) -> bool:
-    """Whether a name and its value are what a checkpoint, read as data only, gives back."""
-    name, value = option
-    values = value if type(value) is list else [value]
-    return type(name) is str and all(
-        type(one) in (bool, int, float, str, NoneType) for one in values
-    )
-
-
 def _typed(name: str, value: Any) -> Any:
     """`value` as the type of field `name`; PyYAML reads `5e-6` as text, so text may be a number."""
     *alternatives, last = get_args(_TYPES[name]) or (_TYPES[name],)
@@ -251,7 +186,7 @@ def _typed(name: str, value: Any) -> Any:
         with contextlib.suppress(ValueError, OverflowError):
             value = float(value)
     if type(value) is not target or (target is float and not math.isfinite(value)):
-        raise UserError(f"{name} must be {_TYPE_NAMES[target]}, not {_shown(value)}")
+        raise UserError(f"{name} must be {_TYPE_NAMES[target]}, not {value!r:.200}")
     return value
 
 
@@ -260,26 +195,25 @@ def _check_range(name: str, value: Any) -> None:
     if value is None:
         return
     if "choices" in checks and value not in checks["choices"]:
-        raise UserError(
-            f"{name} must be one of {', '.join(checks['choices'])}, not {_shown(value)}"
-        )
+        raise UserError(f"{name} must be one of {', '.join(checks['choices'])}, not {value!r:.200}")
     for check, (holds, words) in BOUNDS.items():
         if check in checks and not holds(value, checks[check]):
             raise UserError(f"{name} must be {words} {checks[check]}, not {value}")
 
 
 def _is_path(name: str, value: Any) -> bool:
-    names_path = FIELDS[name].metadata.get("path")
-    return value is not None and names_path is not None and names_path(value)
+    if name == "data":
+        return value not in BUILTIN_DATA
+    if name == "teacher" and value is not None:
+        return os.sep in value or "." in value  # no torchvision network has either in its name
+    return value is not None and FIELDS[name].metadata.get("path", False)
 
 
 def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Values of known fields, typed, in range, with paths made absolute from `base`."""
     unknown = [name for name in values if name not in FIELDS]
     if unknown:
-        raise UserError(
-            f"unknown option {_shown(unknown[0])}: the valid ones are {', '.join(FIELDS)}"
-        )
+        raise UserError(f"unknown option {unknown[0]!r}: the valid ones are {', '.join(FIELDS)}")
     result = {}
     for name, value in values.items():
         value = _typed(name, value)
@@ -291,15 +225,11 @@ def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """Refuses a name that stands twice, of which PyYAML would silently take the last."""
 
-    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for name in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if name.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        problem=f"{name.value!r} stands twice", problem_mark=name.start_mark
-                    )
-                seen.add(name.value)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [name.value for name, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            problem = f"{twice!r} stands twice"
+            raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -316,31 +246,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return checked(values, path.absolute().parent)
 
 
-def _command_line(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
+def parse_config(
+    default: Path, arguments: Sequence[str] | None = None, description: str = ""
+) -> Config:
+    """`default` YAML, then `--config FILE`, then the other command-line options.
+
+    Raises:
+        UserError: an unknown name, a wrong type or range, or a file that cannot be read.
+    """
     parser = Parser(description)
-    parser.add_argument(
-        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML laid over config.yaml"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML laid over config.yaml")
     for f in FIELDS.values():
-        parser.add_argument(
-            f"--{f.name}", metavar="X", default=argparse.SUPPRESS, help=_help_text(f)
-        )
-    namespace, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise UserError(
-            f"unknown option {_shown(rest[0])}: the valid ones are --config, --"
-            + ", --".join(FIELDS)
-        )
-    return namespace
-
-
-def _help_text(f: dataclasses.Field) -> str:
-    text = f.metadata["help"]
-    if "choices" in f.metadata:
-        text += f": {', '.join(f.metadata['choices'])}"
-    if f.default is not dataclasses.MISSING:
-        text += f" (default {f.default})"
-    return text
+        text = f.metadata["help"]
+        if "choices" in f.metadata:
+            text += f": {', '.join(f.metadata['choices'])}"
+        if f.default is not dataclasses.MISSING:
+            text += f" (default {f.default})"
+        parser.add_argument(f"--{f.name}", metavar="X", default=argparse.SUPPRESS, help=text)
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        valid = ", --".join(FIELDS)
+        raise UserError(f"unknown option {unknown[0]!r}: the valid ones are --config, --{valid}")
+    options = vars(namespace)
+    overlay = options.pop("config")
+    values = read_yaml(default) | (read_yaml(Path(overlay)) if overlay else {})
+    values |= checked({name: _parsed(name, text) for name, text in options.items()}, Path.cwd())
+    return _complete(values, default)
 
 
 def _parsed(name: str, text: str) -> Any:
@@ -351,22 +282,6 @@ def _parsed(name: str, text: str) -> Any:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         return text
-
-
-def parse_config(
-    default: Path, arguments: Sequence[str] | None = None, description: str = ""
-) -> Config:
-    """`default` YAML, then `--config FILE`, then the other command-line options.
-
-    Raises:
-        UserError: an unknown name, a wrong type or range, or a file that cannot be read.
-    """
-    given = vars(_command_line(arguments, description))
-    values = read_yaml(default)
-    if "config" in given:
-        values |= read_yaml(Path(given.pop("config")))
-    values |= checked({name: _parsed(name, text) for name, text in given.items()}, Path.cwd())
-    return _complete(values, default)
 
 
 def _complete(values: Mapping[str, Any], source: Path | str) -> Config:

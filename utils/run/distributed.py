@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.run.errors import PeerLost, UserError
@@ -93,14 +92,14 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def all_reduce_any(*flags: bool) -> list[bool]:
-    """For each flag, whether it is set on any env."""
+    """For each flag, whether it is set on any process."""
     if not dist.is_initialized():
         return list(flags)
     return [count > 0 for count in all_reduce_sum(torch.tensor(flags, dtype=torch.int)).tolist()]
 
 
 def gather(env: DistEnv, value: Any) -> list[Any]:
-    """The values of all processes in rank order, on the main one; elsewhere an empty list."""
+    """The values of all processes in rank order, on rank 0; elsewhere an empty list."""
     if not dist.is_initialized():
         return [value]
     values = [None] * env.world_size if env.is_rank0 else None
@@ -109,22 +108,22 @@ def gather(env: DistEnv, value: Any) -> list[Any]:
 
 
 def broadcast_from_rank0(env: DistEnv, compute: Callable[[], T]) -> T:
-    """What `compute` returns on the main process, the only one to call it, on every process.
+    """What `compute` returns on rank 0, the only process to call it, on every process.
 
     Raises:
         UserError: `compute` raised it; on every process.
     """
-    answer: list[Any] = [None, None]
+    result: list[Any] = [None, None]
     if env.is_rank0:
         try:
-            answer[0] = compute()
+            result[0] = compute()
         except UserError as error:
-            answer[1] = str(error)
+            result[1] = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UserError(answer[1])
-    return answer[0]
+        dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise UserError(result[1])
+    return result[0]
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -151,13 +150,19 @@ def distribute(model: nn.Module, env: DistEnv, sync_bn: bool) -> nn.Module:
 
     BN statistics are those of each process's share, and rank 0's running averages are kept, as in
     the released code; with `sync_bn` they are those of the whole batch.
+
+    Raises:
+        UserError: `sync_bn` on CPUs, where torch has none.
     """
     if env.world_size == 1:
         return model
+    if env.device.type != "cuda":
+        if sync_bn:
+            raise UserError("sync_bn needs GPUs: set it to false, or train in one process")
+        return DistributedDataParallel(model)
     if sync_bn:
-        model = synchronize_batch_norm(model)
-    gpu = [env.device] if env.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=gpu)
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(model, device_ids=[env.device])
 
 
 def gradient_sync(model: nn.Module, wanted: bool) -> AbstractContextManager:
@@ -165,44 +170,3 @@ def gradient_sync(model: nn.Module, wanted: bool) -> AbstractContextManager:
     if wanted or not isinstance(model, DistributedDataParallel):
         return nullcontext()
     return model.no_sync()
-
-
-def synchronize_batch_norm(model: nn.Module) -> nn.Module:
-    """Make every BatchNorm2d of `model` use the statistics of the batch over all processes."""
-    if next(model.parameters()).device.type != "cpu":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = CpuSyncBatchNorm2d
-    return model
-
-
-class CpuSyncBatchNorm2d(nn.BatchNorm2d):
-    """`nn.SyncBatchNorm` for CPU tensors, which torch's own refuses: (N, C, H, W) -> same."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-        self.num_batches_tracked += 1
-        count = _AllReduce.apply(x.new_tensor(float(x.numel() // x.shape[1])))
-        mean = _AllReduce.apply(x.sum(dim=(0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        var = _AllReduce.apply(centred.square().sum(dim=(0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
-
-
-class _AllReduce(torch.autograd.Function):
-    """y = sum of x over processes;  dL/dx = sum of dL/dy over processes."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return all_reduce_sum(x.clone())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return all_reduce_sum(grad.clone())

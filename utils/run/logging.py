@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import operator
 import platform
 import subprocess
 import sys
@@ -39,9 +38,6 @@ class RunLog:
     Args:
         state: what earlier processes recorded of later epochs is replaced by its history.
         iterations: of an epoch.
-
-    Raises:
-        UserError: the folder cannot be written.
     """
 
     def __init__(self, config: Config, dist: DistEnv, state: TrainState, iterations: int):
@@ -54,16 +50,9 @@ class RunLog:
         self.logger.propagate = False
         if not dist.is_rank0:
             return
-        try:
-            file = logging.FileHandler(self.folder / "log.txt")
-            self.curves = SummaryWriter(
-                self.folder / "tensorboard", purge_step=max(state.epoch - 1, 0)
-            )
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.folder} ({error.strerror}):"
-                " pass --save with a folder that can be written"
-            ) from error
+        purge_step = max(state.epoch - 1, 0)
+        self.curves = SummaryWriter(self.folder / "tensorboard", purge_step=purge_step)
+        file = logging.FileHandler(self.folder / "log.txt")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self.logger.addHandler(file)
         self.logger.addHandler(logging.StreamHandler(sys.stdout))
@@ -87,12 +76,7 @@ class RunLog:
                     handler.close()
 
     def opening(self, start: Any, groups: str) -> None:
-        """Log what the run depends on.
-
-        Args:
-            start: where the weights come from.
-            groups: the parameter groups of the optimizer, in words.
-        """
+        """Log what the run depends on, where its weights come from and its parameter groups."""
         for line in (
             "configuration\n" + as_yaml(self.config).rstrip(),
             f"commit {_commit()}",
@@ -168,17 +152,16 @@ class RunLog:
                 self.curves.add_scalar(f"{prefix}{name}", value, epoch)
 
     def _add_histogram(self, tag: str, counts: list[int], epoch: int) -> None:
-        width = 2 * HISTOGRAM_LIMIT / len(counts)
-        edges = [-HISTOGRAM_LIMIT + width * (i + 1) for i in range(len(counts))]
-        centres = [edge - width / 2 for edge in edges]
+        edges = numpy.linspace(-HISTOGRAM_LIMIT, HISTOGRAM_LIMIT, len(counts) + 1)
+        centres = (edges[:-1] + edges[1:]) / 2
         self.curves.add_histogram_raw(
             tag,
             min=-HISTOGRAM_LIMIT,
             max=HISTOGRAM_LIMIT,
             num=sum(counts),
-            sum=sum(map(operator.mul, counts, centres)),
-            sum_squares=sum(n * x * x for n, x in zip(counts, centres, strict=True)),
-            bucket_limits=edges,
+            sum=float(centres @ counts),
+            sum_squares=float(centres**2 @ counts),
+            bucket_limits=edges[1:].tolist(),
             bucket_counts=counts,
             global_step=epoch,
         )
@@ -221,15 +204,20 @@ def epoch_record(
 
 
 def _commit() -> str:
-    """The repo's commit, `+changes` if the working tree differs from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The repo's commit, `-dirty` if the working tree differs from it."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--abbrev=40",
+        "--dirty",
+    ]
     try:
-        run = {"capture_output": True, "text": True, "check": True}
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], **run).stdout
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown (not a git checkout)"
-    return commit + (" +changes" if changed.strip() else "")
 
 
 def _device_name(device: torch.device) -> str:

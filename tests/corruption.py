@@ -1,4 +1,4 @@
-"""Damage to the bytes of a file, at offsets and in amounts drawn by chance."""
+"""Corruption of the bytes of a file, at offsets and in amounts drawn by chance."""
 
 import random
 
@@ -30,4 +30,4 @@ def add_to_the_end(data: bytearray, chance: random.Random) -> bytes:
     return data + chance.randbytes(chance.randint(1, 5000))
 
 
-DAMAGE = (flip_a_bit, flip_many_bits, overwrite_a_block, cut_the_end_off, add_to_the_end)
+CORRUPTIONS = (flip_a_bit, flip_many_bits, overwrite_a_block, cut_the_end_off, add_to_the_end)

@@ -1,0 +1,126 @@
+"""Interleaved rounds and what is reported of them, fresh processes, and the machine's name."""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import TypeVar
+
+import torch
+
+from scripts.benchmarks.page import table
+from utils.run.command_line import Parser, positive
+
+Side, Result = TypeVar("Side"), TypeVar("Result")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WARM_UP_ROUNDS = 2  # not counted; the first one compiles
+
+
+def clock() -> float:
+    """Seconds, once the device has finished what was started on it."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    started = clock()
+    run()
+    return clock() - started
+
+
+def interleaved(
+    sides: Mapping[Side, Callable[[], object]], rounds: int, measure: Callable = seconds_of
+) -> dict[Side, list]:
+    """What `measure` takes of each side in each round, all sides in turn, after two to warm up.
+
+    Args:
+        measure: `operator.call` takes what the sides return.
+    """
+    values = {side: [] for side in sides}
+    for _ in range(WARM_UP_ROUNDS + rounds):
+        for side, run in sides.items():
+            values[side].append(measure(run))
+    return {side: measured[WARM_UP_ROUNDS:] for side, measured in values.items()}
+
+
+def add_comparison_options(parser: Parser) -> None:
+    parser.add_argument("--image_size", type=positive, default=224)
+    parser.add_argument("--batch_size", type=positive, default=8, help="images of a round")
+    parser.add_argument("--rounds", type=positive, default=10)
+    parser.add_argument("--json", type=Path, help="write everything to this file as well")
+
+
+def report(comparison: dict, arguments: argparse.Namespace) -> None:
+    """Print a comparison and, with `--json`, write it with the options it was made with."""
+    print(describe(comparison, arguments.batch_size))
+    if arguments.json:
+        settings = {name: str(value) for name, value in vars(arguments).items()}
+        settings |= {"torch": torch.__version__, "device": accelerator()}
+        settings |= {"threads": torch.get_num_threads()}
+        arguments.json.write_text(json.dumps({"settings": settings} | comparison, indent=1) + "\n")
+
+
+def describe(comparison: dict, images: int, title: str = "") -> str:
+    """A table of `comparison`: `seconds`, side -> rounds, and `notes`, measure -> side -> value.
+
+    Args:
+        images: that each side computes in a round.
+    """
+    first = median(next(iter(comparison["seconds"].values())))
+    return table(
+        {
+            title: side,
+            "median, s": f"{median(seconds):.3f}",
+            "images/s (range)": rate_with_range(seconds, images),
+            "times": f"{first / median(seconds):.3f}",
+            **{note: f"{values[side]:.3f}" for note, values in comparison.get("notes", {}).items()},
+        }
+        for side, seconds in comparison["seconds"].items()
+    )
+
+
+def rates(seconds: Sequence[float], images: int) -> tuple[float, float, float]:
+    """Images a second: lowest, median, highest."""
+    return images / max(seconds), images / median(seconds), images / min(seconds)
+
+
+def rate_with_range(seconds: Sequence[float], images: int) -> str:
+    low, middle, high = rates(seconds, images)
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+def fresh_process(environment: Mapping[str, str]) -> ProcessPoolExecutor:
+    """One new process, with further environment variables before its first call."""
+    return ProcessPoolExecutor(1, get_context("spawn"), update_environment, (environment,))
+
+
+def update_environment(variables: Mapping[str, str]) -> None:
+    os.environ.update(variables)
+
+
+def in_fresh_process(function: Callable[..., Result], *arguments, **options) -> Result:
+    """The result of a call that shares no compiled code and no allocator with others."""
+    with fresh_process({}) as process:
+        return process.submit(function, *arguments, **options).result()
+
+
+def processor() -> str:
+    """Cores, the CPU's name and whether it counts bits in vectors, where Linux lists it."""
+    listing = Path("/proc/cpuinfo")
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    popcount = "with" if "avx512_vpopcntdq" in fields.get("flags", "").split() else "without"
+    name = fields.get("model name", platform.processor())
+    return f"{os.cpu_count()} cores of {name}, {popcount} AVX-512 VPOPCNTDQ"
+
+
+def accelerator() -> str:
+    """The GPU's name; without one, the processor."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()

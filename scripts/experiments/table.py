@@ -1,0 +1,60 @@
+"""The CSV of an experiment, which the measures write and the drawings read."""
+
+import csv
+import io
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.checkpoint.files import atomic_write
+from utils.run.errors import UserError
+
+
+class Row(dict[str, str]):
+    """Column -> text; asked for a column that the CSV lacks, it raises UserError."""
+
+    def __missing__(self, column: str):
+        raise UserError(f"the CSV has no column {column!r}: measure this table or figure again")
+
+
+class Table(list[Row]):
+    """The rows of a CSV, or some of them."""
+
+    def where(self, **values: str) -> "Table":
+        """The rows that have these values."""
+        return Table(row for row in self if all(row[c] == value for c, value in values.items()))
+
+    def distinct(self, column: str) -> list[str]:
+        """Its values, in order of first appearance."""
+        return list(dict.fromkeys(row[column] for row in self))
+
+    def numbers(self, column: str) -> np.ndarray:
+        """Its values, without empty cells; UserError for one that is not a number."""
+        try:
+            return np.array([float(row[column]) for row in self if row[column]])
+        except ValueError as error:
+            raise UserError(f"column {column} must hold numbers: {error}") from error
+
+
+def read_table(path: Path) -> Table:
+    """Raises UserError for a file that cannot be read or has no rows."""
+    try:
+        with path.open(newline="") as file:
+            table = Table(map(Row, csv.DictReader(file)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not table:
+        raise UserError(f"{path} has no rows: measure this table or figure again")
+    return table
+
+
+def write_table(path: Path, rows: Collection[Mapping[str, Any]]) -> None:
+    """Write rows under the columns that any of them has, in order of first appearance."""
+    columns = dict.fromkeys(name for row in rows for name in row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write(path, lambda file: file.write(text.getvalue().encode()))

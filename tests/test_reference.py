@@ -1,0 +1,112 @@
+"""The autograd functions against their elementary compositions in `models.reference`."""
+
+import pytest
+import torch
+from conftest import config_with
+
+from models import MODELS, build_model, reference
+from models.layers import AvgPool2x2
+from utils import binarize
+from utils.losses import soft_target_loss
+from utils.optim import build_optimizer
+
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def leaves(*shapes, layout=torch.contiguous_format):
+    torch.manual_seed(0)
+    values = [1.5 * torch.randn(shape).to(memory_format=layout) for shape in shapes]
+    return [value.requires_grad_() for value in values]
+
+
+def assert_as_reference(layer, *inputs, value_tolerance=0.0, gradient_tolerance=1e-5):
+    """`layer` has the values of its reference and the gradients of inputs and parameters."""
+    other = reference.to_reference(layer)
+    assert type(other) is not type(layer)
+    results = []
+    for module in (layer, other):
+        output = module(*inputs)
+        torch.manual_seed(1)
+        upstream = torch.randn_like(output)
+        results.append((output, [*inputs, *module.parameters()], upstream))
+    ours, theirs = (output for output, *_ in results)
+    torch.testing.assert_close(ours, theirs, rtol=value_tolerance / 10, atol=value_tolerance)
+    for pair in zip(*(torch.autograd.grad(*result) for result in results), strict=True):
+        torch.testing.assert_close(*pair, rtol=gradient_tolerance / 10, atol=gradient_tolerance)
+    return ours
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ste", binarize.ACTIVATION_STES)
+def test_rsign_has_the_reference_values_and_gradients(ste, layout):
+    x, shift = leaves((4, 6, 5, 7), (1, 6, 1, 1), layout=layout)
+    y = assert_as_reference(binarize.Sign(ste), x, shift)
+    assert y.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("shifts", [False, True])
+def test_rprelu_has_the_reference_values_and_gradients(shifts):
+    x, before, after = leaves((4, 6, 5, 7), (1, 6, 1, 1), (1, 6, 1, 1))
+    layer = binarize.RPReLU(6)
+    layer.weight.data.uniform_(-0.5, 1.5)
+    x.data[0, :, 0, 0] = -before[0, :, 0, 0] if shifts else 0.0  # as sums of +-1 often are
+    assert_as_reference(layer, x, *((before, after) if shifts else ()))
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
+def test_binary_convolution_has_the_reference_values_and_gradients(kernel, stride, padding):
+    conv = binarize.BinaryConv2d(6, 4, kernel, stride, padding, bias=False, latent_init="symmetric")
+    conv.weight.data.mul_(8)  # so that some latent weights are beyond 1
+    assert (conv.weight.abs() > 1).any()
+    assert_as_reference(conv, *leaves((2, 6, 9, 8)), value_tolerance=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [(6, 8), (5, 8), (6, 7), (1, 1)])
+def test_average_pooling_has_the_values_and_gradients_of_torchs_own(size, layout):
+    inputs = leaves((2, 3, *size), layout=layout)
+    assert_as_reference(AvgPool2x2(), *inputs, gradient_tolerance=0.0)
+
+
+def test_the_weight_binarizer_is_the_reference_one_to_a_rounding():
+    (w,) = leaves((8, 4, 3, 3))
+    torch.testing.assert_close(
+        binarize.binarize_weight(w), reference.binarize_weight(w), rtol=3e-7, atol=0
+    )
+
+
+# Not StrongBaseline: there the sums of +-mean|w|, 0 to a rounding, meet the kink of a PReLU.
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"strong_baseline_r18"}))
+def test_twenty_steps_in_float64_are_those_of_the_reference_network(name):
+    torch.manual_seed(0)
+    options = {"width": 1 / 16, "small_images": True, "latent_init": "symmetric"}
+    model = build_model(name, num_classes=5, **options).double()
+    other = reference.to_reference(model)
+    config = config_with(learning_rate=1e-2, weight_decay=1e-4)
+    optimizers = [build_optimizer(network, config) for network in (model, other)]
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64)
+        targets = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        for network, optimizer in zip((model, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            soft_target_loss(network(images), targets).backward()
+            optimizer.step()
+    for (key, mine), theirs in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9, msg=key)
+
+
+def test_only_inputs_are_saved_for_the_backward_pass():
+    x, before, after = leaves((2, 6, 8, 8), (1, 6, 1, 1), (1, 6, 1, 1))
+    layers = binarize.Sign(), binarize.RPReLU(6), binarize.BinaryConv2d(6, 6, 3, padding=1)
+    sign, rprelu, conv = layers
+    saved = []
+    pack, unpack = lambda t: saved.append(t) or t, lambda t: t
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        binary = sign(x, before)
+        y = conv(binary)
+        rprelu(y, before, after)
+    inputs = (x, before, after, binary, y, *(p for layer in layers for p in layer.parameters()))
+    assert {t.data_ptr() for t in saved} <= {t.data_ptr() for t in inputs}
