@@ -17,7 +17,7 @@ from models.export.openvino import OpenVinoNetwork, constants_path, load_engine,
 from models.export.openvino_graph import build_graph, thresholds
 from models.export.openvino_selftest import PRECISION, binary_kernels, compare_with_integers
 from models.layers import binary_convolutions
-from utils.binarize import Sign, shifted
+from utils.binarize import Sign, add_shift
 from utils.run.errors import UserError
 
 pytest.importorskip("openvino")
@@ -81,7 +81,7 @@ def in_float64(model: nn.Module, images: torch.Tensor):
     for name, module in exact.named_modules():
         if isinstance(module, Sign):
             module.register_forward_pre_hook(
-                lambda _, inputs: nearest.append(shifted(*inputs).abs().amin((1, 2, 3)))
+                lambda _, inputs: nearest.append(add_shift(*inputs).abs().amin((1, 2, 3)))
             )
         if name in binary_convolutions(exact):
             module.register_forward_hook(

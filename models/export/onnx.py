@@ -1,6 +1,5 @@
 """ONNX: write a network, and run a written one with onnxruntime as if it were a module."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ def write_onnx(
     import_engine(*PACKAGES)
     # Two images, because the exporter takes a dimension of 1 for a constant.
     example = torch.zeros(batch or 2, 3, image_size, image_size)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     program = torch.onnx.export(
         to_plain_convs(model),
         (example,),

@@ -75,7 +75,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}
     state = content["state_dict"] if isinstance(content, dict) else None
-    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
+    is_state = isinstance(state, dict) and state and all(isinstance(key, str) for key in state)
+    if not is_state or not all(map(torch.is_tensor, state.values())):
         raise UserError(f"{path} is not a checkpoint: it has no state_dict of tensors")
     if "config" in content:
         layout = "this repo's layout"

@@ -55,6 +55,9 @@ class CroppedImage:
             pixels = self._region(box)
             if pixels is not None:
                 return pixels
+        return self._of_whole_image(box)
+
+    def _of_whole_image(self, box: Box) -> Image.Image:
         try:
             return self.image.crop(box).convert("RGB")
         except Exception as error:  # PIL raises many types for a file it cannot decode
