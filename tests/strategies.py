@@ -81,12 +81,15 @@ class Mistake:
 def mistakes(base: dict[str, Any]) -> SearchStrategy[Mistake]:
     """Configurations and command lines with the fields `base`, some of which are wrong."""
     names = st.sampled_from(sorted(FIELDS))
-    # Right by their type, so that a run begins with many of them.
-    fitting = st.sampled_from(sorted(WRONG_FOR)).flatmap(
-        lambda name: st.tuples(st.just(name), st.sampled_from(WRONG_FOR[name]))
-    )
     fields = names.flatmap(lambda name: st.tuples(st.just(name), values(name)))
-    return _wrong_files(base) | _wrong_lines(base) | _wrong_fields(base, fields | fitting)
+    return _wrong_files(base) | _wrong_lines(base) | _wrong_fields(base, fields) | unfit(base)
+
+
+def unfit(base: dict[str, Any]) -> SearchStrategy[Mistake]:
+    """Configurations with values that are mostly right by their type, so that a run begins."""
+    names = st.sampled_from(sorted(WRONG_FOR))
+    fields = names.flatmap(lambda name: st.tuples(st.just(name), st.sampled_from(WRONG_FOR[name])))
+    return _wrong_fields(base, fields)
 
 
 def _wrong_files(base: dict[str, Any]) -> SearchStrategy[Mistake]:

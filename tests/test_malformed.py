@@ -6,7 +6,7 @@ import pytest
 from conftest import CLASSES, STEP1, STEP2, TINY, command_line
 from hypothesis import Phase, given, settings
 from process import leftovers, run_in_process
-from strategies import mistakes, wrong_folders
+from strategies import mistakes, unfit, wrong_folders
 
 from scripts.check_data import main as check_data
 from step1.train import main as step1
@@ -44,11 +44,11 @@ def test_a_malformed_configuration_is_read_or_refused_in_one_sentence(tmp_path_f
 
 
 @settings(REPEATABLE, max_examples=30)
-@given(mistake=mistakes(BASE))
+@given(mistake=unfit(BASE))
 def test_a_run_with_a_malformed_configuration_ends_clearly(tmp_path_factory, images, mistake):
     folder = tmp_path_factory.mktemp("mistake")
     (folder / "images").symlink_to(images)
-    step = step1 if len(mistake.arguments) % 2 else step2
+    step = step1 if len(mistake.content) % 2 else step2
     result = run_in_process(step, mistake.write(folder), folder)
     assert not result.problem()
     assert not leftovers(folder / "out")
