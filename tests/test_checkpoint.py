@@ -41,6 +41,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
     def fill_the_disk(file):
         file.write(b"half of the ne")
+        assert list(tmp_path.glob(f".*{UNFINISHED}"))  # what a run that goes on removes
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left on device"):

@@ -55,7 +55,7 @@ def unbroken(tmp_path_factory) -> Path:
 def whole(run_step, unbroken) -> Path:
     """The folder of a run of step 2 that nothing happened to."""
     if not unbroken.exists():
-        assert run_step(2, save=unbroken, **FROM_SCRATCH).code == 0
+        assert run_step(2, save=unbroken, keep_epochs="[0]", **FROM_SCRATCH).code == 0
     return unbroken
 
 
@@ -214,7 +214,7 @@ def test_a_foreign_checkpoint_in_the_folder_is_not_continued(run_step, finished)
     run_step(2, **FROM_SCRATCH).assert_one_sentence("cannot be continued")
 
 
-@pytest.mark.parametrize("name", [NEWEST, BEST])
+@pytest.mark.parametrize("name", [NEWEST, "epoch_0.pth.tar"])
 def test_a_disk_that_is_full_for_a_while_costs_a_warning_and_no_checkpoint(
     run_step, tmp_path, whole, monkeypatch, name
 ):
@@ -233,12 +233,13 @@ def test_a_disk_that_is_full_for_a_while_costs_a_warning_and_no_checkpoint(
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     monkeypatch.setattr(manager, "write_checkpoint", write_checkpoint)
-    result = run_step(2, checkpoint_minutes=0, **FROM_SCRATCH)
+    result = run_step(2, checkpoint_minutes=0, keep_epochs="[0]", **FROM_SCRATCH)
     assert result.code == 0, result.err
     (warning,) = [line for line in result.out.splitlines() if "warning: " in line]
     assert warning.startswith(f"warning: cannot write {tmp_path}/step2/{name}: ")
     assert warning.endswith("training goes on, the next checkpoint tries again")
     assert_same_run(whole, tmp_path / "step2")
+    assert_same_checkpoint(whole / "epoch_0.pth.tar", tmp_path / "step2" / "epoch_0.pth.tar")
     assert is_intact(tmp_path / "step2" / PREVIOUS)
 
 

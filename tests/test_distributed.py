@@ -209,13 +209,25 @@ def test_two_processes_stopped_and_then_one_killed_end_with_the_bits_of_an_unbro
     assert_same_run(whole, folder)
 
 
-def test_another_number_of_processes_gives_all_sums_to_rank_0():
-    peers = [{"sums": {"sums": torch.full((5,), n), "seconds": 3.0}, "rng": 0} for n in (1.0, 2.0)]
-    for rank, sums in ((0, 3), (1, 0), (2, 0)):
+@pytest.mark.parametrize(("processes", "expected"), [(2, [1, 2]), (3, [3, 0, 0])])
+def test_each_process_restores_its_own_sums_and_another_number_gives_all_to_rank_0(
+    processes, expected
+):
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    peers = [
+        {
+            "sums": {"sums": torch.full((5,), float(seed)), "seconds": 3.0},
+            "rng": {"torch": generator.get_state(), "cuda": None},
+        }
+        for seed, generator in enumerate(generators, start=1)
+    ]
+    for rank, sums in enumerate(expected):
         state = TrainState()
-        restore_mid_epoch(state, {"iteration": 5, "processes": peers}, dist_env(rank, 3))
+        restore_mid_epoch(state, {"iteration": 5, "processes": peers}, dist_env(rank, processes))
         assert state.iteration == 5
         assert state.meter.sums.tolist() == [sums] * 5
+        if processes == len(peers):
+            assert torch.equal(torch.get_rng_state(), peers[rank]["rng"]["torch"])
 
 
 def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_folder):

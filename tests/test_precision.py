@@ -11,6 +11,7 @@ from torch import nn
 from models import build_model
 from utils.binarize import BinaryConv2d, RPReLU, Sign, channel_scale
 from utils.engine import train_one_epoch
+from utils.losses import batch_loss
 from utils.optim import build_optimizer
 from utils.precision import autocast, compiled, place
 from utils.run.state import TrainState
@@ -131,19 +132,24 @@ def test_a_compiled_binary_convolution_has_the_bfloat16_numbers_of_the_eager_one
     assert fast.dtype == torch.bfloat16 and torch.equal(fast, eager)
 
 
-def test_accumulation_gives_the_gradient_of_the_whole_batch_where_there_is_no_bn():
-    images, labels = batch(7)
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).double()
+
+
+@pytest.mark.parametrize("teacher", [None, nn.Sequential(linear(), nn.Tanh())])
+def test_accumulation_gives_loss_and_gradient_of_the_batch_where_there_is_no_bn(teacher):
+    images, labels = batch(7, torch.float64)
     trained = []
     for accumulate in (1, 3):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3)).double()
-        config = config_with(learning_rate=1e-2, optimizer="SGD", accumulate=accumulate)
-        optimizer = build_optimizer(model, config)
-        batches = [(images.double(), labels)]
-        results = train_one_epoch(model, None, batches, optimizer, config, TrainState())
-        trained.append((model[1].weight.detach(), results["loss"], results["images"]))
-    for mine, theirs in zip(*trained, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+        model, recipe = linear(), {"learning_rate": 1e-2, "label_smoothing": 0.1}
+        loss = batch_loss(model(images), images, labels, teacher, 0.1).item()
+        config = config_with(optimizer="SGD", accumulate=accumulate, **recipe)
+        optimizer, state = build_optimizer(model, config), TrainState()
+        results = train_one_epoch(model, teacher, [(images, labels)], optimizer, config, state)
+        assert results["loss"] == pytest.approx(loss, rel=1e-12) and results["images"] == 7
+        trained.append(model[1].weight.detach())
+    torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-12)
 
 
 def test_latent_scale_is_applied_after_the_convolution_in_bfloat16():

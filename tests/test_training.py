@@ -7,12 +7,13 @@ import torch
 import yaml
 from compare import difference
 from conftest import CLASSES, VAL, write_images
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.checkpoint.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint
 from utils.checkpoint.files import LOCK
 from utils.checkpoint.manager import epoch_checkpoint_path
 from utils.run.config import FIELDS
-from utils.run.logging import LINE_EVERY, read_records
+from utils.run.logging import LINE_EVERY, RunLog, read_records
 
 
 def test_step2_continues_from_the_best_of_step1(run_step, tmp_path):
@@ -27,6 +28,7 @@ def test_step2_continues_from_the_best_of_step1(run_step, tmp_path):
     for name, weight in read_checkpoint(step2 / NEWEST).state.items():
         if not name.endswith(("running_mean", "running_var", "tracked")):
             torch.testing.assert_close(weight, best.state[name], rtol=0, atol=1e-7)
+    assert read_records(step2)[0]["c2i_ratio"] > 0.999  # against the signs of step 1
 
 
 def test_a_run_leaves_checkpoints_log_curves_records_and_configuration(run_step, tmp_path):
@@ -162,10 +164,16 @@ def test_folder_that_cannot_be_written(run_step, tmp_path):
     assert file.read_text() == "in the way"
 
 
-def test_tensorboard_holds_scalars_and_histograms(run_step, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def test_tensorboard_holds_every_epoch_also_one_that_ended_before_it_was_logged(
+    run_step, tmp_path, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
-    run_step(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "on_epoch_end", interrupt)
+        assert run_step(1).code == "interrupted"
+    assert run_step(1).code == 0
     events = EventAccumulator(str(tmp_path / "step1" / "tensorboard"))
     events.Reload()
     scalars = {"learning_rate", "train_loss", "val_top1", "val_top5", "train_images_per_second"}
