@@ -5,7 +5,6 @@
 FLOPs are multiply-accumulates of real convolutions and linear layers, BOPs those with both operands
 binary, OPs = FLOPs + BOPs / 64 (Bi-Real Net and its successors), for one image.  Packed bytes take
 1 bit per binary weight and float32 for the other parameters; BN statistics are in neither size.
---include_elementwise adds a FLOP per value of BN and PReLU, and per value that pooling reads.
 """
 
 import copy
@@ -27,8 +26,6 @@ from utils.run.command_line import Parser, boolean, command, markdown_table, pos
 
 COLUMNS = ("parameters", "binary_weights", "flops", "bops", "ops", "float_bytes", "packed_bytes")
 BOPS_PER_OP = 64
-ELEMENTWISE = (nn.BatchNorm2d, nn.PReLU)
-POOLING = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 
 
 @dataclass(frozen=True)
@@ -56,32 +53,18 @@ class LayerCount:
         return math.ceil(self.binary_weights / 8) + 4 * (self.parameters - self.binary_weights)
 
 
-def count_layers(
-    model: nn.Module, image_size: int, include_elementwise: bool = False
-) -> list[LayerCount]:
-    """One `LayerCount` for each layer with parameters or operations, in the order of definition.
-
-    `include_elementwise` adds a FLOP per value of BN and PReLU, and per value that pooling reads.
-    """
+def count_layers(model: nn.Module, image_size: int) -> list[LayerCount]:
+    """One `LayerCount` for each layer with parameters, in the order of definition."""
     operations: dict[nn.Module, tuple[int, int]] = {}  # FLOPs, BOPs
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        values = output[0].numel()
-        if isinstance(module, ELEMENTWISE):
-            operations[module] = values, 0
-        elif isinstance(module, nn.AdaptiveAvgPool2d):
-            operations[module] = inputs[0][0].numel(), 0
-        elif isinstance(module, POOLING):
-            operations[module] = values * module.kernel_size**2, 0
-        else:
-            macs = values * module.weight[0].numel()
-            both_binary = isinstance(module, BinaryConv2d) and is_binary(inputs[0])
-            operations[module] = (0, macs) if both_binary else (macs, 0)
+        macs = output[0].numel() * module.weight[0].numel()
+        both_binary = isinstance(module, BinaryConv2d) and is_binary(inputs[0])
+        operations[module] = (0, macs) if both_binary else (macs, 0)
 
-    counted = (nn.Conv2d, nn.Linear, *((ELEMENTWISE + POOLING) if include_elementwise else ()))
     model = copy.deepcopy(model).eval()
     for module in model.modules():
-        if isinstance(module, counted):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     with torch.no_grad():
         model(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
@@ -89,7 +72,7 @@ def count_layers(
     counts = []
     for name, module in model.named_modules():
         parameters = sum(p.numel() for p in module.parameters(recurse=False))
-        if parameters or module in operations:
+        if parameters:
             binary = module.weight.numel() if isinstance(module, BinaryConv2d) else 0
             counts.append(LayerCount(name, parameters, binary, *operations.get(module, (0, 0))))
     return counts
@@ -107,7 +90,6 @@ def main() -> None:
     parser.add_argument("name", help="network of models/")
     parser.add_argument("--image_size", type=positive, default=224, help="pixels, height and width")
     parser.add_argument("--format", choices=("text", "csv", "json"), default="text")
-    parser.add_argument("--include_elementwise", action="store_true", help="BN, PReLU, pooling too")
     parser.add_argument("--num_classes", type=positive, default=1000)
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--small_images", type=boolean, default=False)
@@ -116,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     options = ("num_classes", "width", "small_images", "binary_activations", "binary_weights")
     model = build_model(arguments.name, **{name: getattr(arguments, name) for name in options})
-    counts = count_layers(model, arguments.image_size, arguments.include_elementwise)
+    counts = count_layers(model, arguments.image_size)
     counts.append(total(counts))
     rows = [{name: getattr(count, name) for name in ("name", *COLUMNS)} for count in counts]
     if arguments.format == "json":

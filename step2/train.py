@@ -1,8 +1,7 @@
 """Step 2: binary activations and binary weights, without weight decay, from step 1.
 
-The signs that step 1 found are kept dependable: without weight decay the latent weights are no
-longer pulled towards 0, where every sign is one update away from flipping.
-Every option below is a line of config.yaml or has a default.
+Without weight decay the latent weights are not pulled towards 0, where every sign is one update
+away from flipping.  Every option below is a line of config.yaml or has a default.
 """
 
 import sys
@@ -80,8 +79,8 @@ def load_step1_weights(student: nn.Module, path: str | None) -> str:
     """Load what step 1 left as latent weights; None starts from scratch, as one-step training."""
     if path and not Path(path).exists():
         raise UserError(
-            f"step 2 starts from step 1, and there is no {path}:"
-            " run step 1 first (bash step1/run.sh), or pass --init_from with its checkpoint"
+            f"there is no {path} to start from: run step 1 first (bash step1/run.sh),"
+            " or pass --init_from with its checkpoint"
         )
     return load_initial_weights(student, path)
 

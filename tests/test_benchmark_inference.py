@@ -55,7 +55,7 @@ def results() -> dict:
 
 def test_table_and_picture_come_from_the_results(run_script, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results()))
-    redrawn = run_script("benchmarks.__main__", "inference", "--output", tmp_path, "--redraw")
+    redrawn = run_script("benchmarks.inference", "--output", tmp_path, "--redraw")
     assert redrawn.code == 0, redrawn.err
     table = (tmp_path / "table.md").read_text()
     assert table == as_markdown(results())
@@ -65,14 +65,14 @@ def test_table_and_picture_come_from_the_results(run_script, tmp_path):
 
 
 def test_missing_folders_and_results_are_one_sentence(run_script, tmp_path):
-    nowhere = ("benchmarks.__main__", "inference", "--output", tmp_path / "none")
+    nowhere = ("benchmarks.inference", "--output", tmp_path / "none")
     run_script(*nowhere).assert_one_sentence("there is no folder", "make it first")
-    redraw = ("benchmarks.__main__", "inference", "--output", tmp_path, "--redraw")
+    redraw = ("benchmarks.inference", "--output", tmp_path, "--redraw")
     run_script(*redraw).assert_one_sentence("missing or damaged", "--redraw")
 
 
 def test_the_package_is_a_program(tmp_path):
-    program = [sys.executable, "-m", "scripts.benchmarks", "inference"]
+    program = [sys.executable, "-m", "scripts.benchmarks.inference"]
     options = ["--output", str(tmp_path), "--redraw"]
     run = subprocess.run([*program, *options], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and "missing or damaged" in run.stderr

@@ -32,19 +32,6 @@ def test_resnet_18_networks_have_the_published_operations(name):
         assert whole.parameters == 11_704_424
 
 
-def test_elementwise_layers_are_counted_on_request():
-    model = nn.Sequential(
-        nn.BatchNorm2d(3),
-        nn.PReLU(3),
-        nn.MaxPool2d(3, 2, 1),
-        nn.AvgPool2d(2),
-        nn.AdaptiveAvgPool2d(1),
-    )
-    counts = count_layers(model, 8, include_elementwise=True)  # 8 -> 4 -> 2 -> 1 pixels
-    assert [count.flops for count in counts] == [3 * 64, 3 * 64, 3 * 16 * 9, 3 * 4 * 4, 3 * 4]
-    assert total(count_layers(model, 8)).flops == 0
-
-
 @pytest.mark.parametrize(("activations", "weights"), [(True, False), (False, True)])
 def test_an_operation_is_binary_only_when_both_operands_are(activations, weights):
     model = build_model(

@@ -1,8 +1,8 @@
 """How fast a binary network predicts: on engines with and without bits, and beside int8 networks.
 
     mkdir -p docs/results/inference
-    python -m scripts.benchmarks inference --output docs/results/inference [--file FILE]
-    python -m scripts.benchmarks inference --output docs/results/inference --redraw
+    python -m scripts.benchmarks.inference --output docs/results/inference [--file FILE]
+    python -m scripts.benchmarks.inference --output docs/results/inference --redraw
 
 Every contender runs in a process of its own.  In each round each one is measured once, in turn, so
 that what else slows the machine slows them all; numbers are medians over rounds, with the lowest
@@ -40,7 +40,7 @@ from models.export.openvino_selftest import PRECISION
 from models.reference import to_reference
 from scripts.benchmarks.page import add_output_options, table, write_page
 from scripts.benchmarks.timing import fresh_process, interleaved, processor
-from utils.run.command_line import Parser, positive
+from utils.run.command_line import Parser, command, positive
 
 PUBLISHED = {  # top-1 on ImageNet
     "reactnet_a": 70.5,
@@ -53,7 +53,9 @@ COMPUTING = ("Convolution", "BinaryConvolution", "FullyConnected", "MatMul")
 SHORTEST_SECONDS = 0.3  # of a measurement: as many calls as fill it, at least one
 
 
-def add_options(parser: Parser) -> None:
+@command
+def main() -> None:
+    parser = Parser(__doc__)
     add_output_options(parser)
     parser.add_argument("--file", type=Path, help="checkpoint to measure, instead of --model")
     parser.add_argument("--model", choices=MODELS, default="reactnet_a")
@@ -62,10 +64,7 @@ def add_options(parser: Parser) -> None:
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=positive, default=7)
-
-
-def run(what: str, arguments: argparse.Namespace) -> None:
-    write_page(arguments, "latency.png", measure, as_markdown, draw)
+    write_page(parser.parse_args(), "latency.png", measure, as_markdown, draw)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -283,3 +282,7 @@ def draw(results: dict) -> Figure:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     return figure
+
+
+if __name__ == "__main__":
+    main()

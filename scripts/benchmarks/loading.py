@@ -1,18 +1,9 @@
-"""Loading JPEGs of about ImageNet's size, which are made here, by decoder, resizing and workers.
+"""Loading JPEGs of about ImageNet's size, which are made here, by decoder, resizing and workers."""
 
-    python -m scripts.benchmarks loader --batch_size 64 --decoder pil nvimagecodec
-    python -m scripts.benchmarks workers --batch_size 256 --workers 0 1 2 --resize pil torch
-
-`loader` is what one worker does, beside the released transforms; `workers` is the loader of a
-training run.  A round loads --batch_size images, in batches of 8.
-"""
-
-import argparse
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,29 +15,12 @@ from torchvision.datasets.folder import pil_loader
 from scripts.benchmarks import timing
 from scripts.benchmarks.training import step2_config
 from utils.data.dataset import open_train_images
-from utils.data.decode import DECODERS
 from utils.data.loader import train_loader
 from utils.data.reference import train_transform
-from utils.data.transforms import RESIZE
-from utils.run.command_line import Parser
 from utils.run.distributed import DistEnv
 
 SINGLE_PROCESS = DistEnv(0, 0, 1, torch.device("cpu"))
 LOADED = 8  # images of a batch
-
-
-def add_options(parser: Parser) -> None:
-    timing.add_comparison_options(parser)
-    parser.add_argument("--decoder", choices=DECODERS, nargs="+", default=["pil"])
-    parser.add_argument("--resize", choices=RESIZE, nargs="+", default=["pil"])
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="of `workers`")
-
-
-def run(what: str, arguments: argparse.Namespace) -> None:
-    choices = list(product(arguments.decoder, arguments.resize))
-    workers = arguments.workers if what == "workers" else ()
-    images, size = arguments.batch_size, arguments.image_size
-    timing.report(compare(images, size, arguments.rounds, choices, workers), arguments)
 
 
 def compare(
@@ -56,9 +30,10 @@ def compare(
     choices: Sequence[tuple[str, str]],
     workers: Sequence[int],
 ) -> dict:
-    """Time loading so many images, by decoder and resizing, as `timing.describe` takes it.
+    """Time loading so many images in batches of 8, as `timing.describe` takes it.
 
     Args:
+        choices: decoder and resizing of each side.
         workers: numbers of loading processes; none compares what one of them does with the
             released transforms.
     """

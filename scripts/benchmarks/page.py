@@ -12,7 +12,7 @@ from utils.run.errors import UserError
 
 
 def add_output_options(parser: Parser) -> None:
-    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--output", type=Path, help="folder for results, table and picture")
     parser.add_argument("--redraw", action="store_true", help="table and picture, nothing measured")
 
 
@@ -23,24 +23,27 @@ def write_page(
     as_markdown: Callable[[dict], str],
     draw: Callable[[dict], Figure],
 ) -> None:
-    """Measure, unless with `--redraw`; then write table and picture and print the table.
+    """Measure, unless with `--redraw`; print the table, and write all of it to `--output`.
 
     Raises:
         UserError: no such folder, or results to be redrawn that are missing or damaged.
     """
-    if not arguments.output.is_dir():
-        raise UserError(f"there is no folder {arguments.output}: make it first")
-    path = arguments.output / "results.json"
+    folder = arguments.output
+    if folder is None and not arguments.redraw:
+        print(as_markdown(measure(arguments)))
+        return
+    if folder is None or not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: make it first, or pass another --output")
+    path = folder / "results.json"
     if not arguments.redraw:
         path.write_text(json.dumps(measure(arguments), indent=1) + "\n")
     try:
-        # Results of 2026 call the reference side "composed".
-        results = json.loads(path.read_text().replace('"composed"', '"reference"'))
+        results = json.loads(path.read_text())
         text, figure = as_markdown(results), draw(results)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is missing or damaged: leave --redraw out") from error
-    (arguments.output / "table.md").write_text(text)
-    figure.savefig(arguments.output / picture, dpi=120)
+    (folder / "table.md").write_text(text)
+    figure.savefig(folder / picture, dpi=120)
     print(text)
 
 

@@ -1,7 +1,5 @@
 """Interleaved rounds and what is reported of them, fresh processes, and the machine's name."""
 
-import argparse
-import json
 import os
 import platform
 import time
@@ -15,7 +13,6 @@ from typing import TypeVar
 import torch
 
 from scripts.benchmarks.page import table
-from utils.run.command_line import Parser, positive
 
 Side, Result = TypeVar("Side"), TypeVar("Result")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,23 +45,6 @@ def interleaved(
         for side, run in sides.items():
             values[side].append(measure(run))
     return {side: measured[WARM_UP_ROUNDS:] for side, measured in values.items()}
-
-
-def add_comparison_options(parser: Parser) -> None:
-    parser.add_argument("--image_size", type=positive, default=224)
-    parser.add_argument("--batch_size", type=positive, default=8, help="images of a round")
-    parser.add_argument("--rounds", type=positive, default=10)
-    parser.add_argument("--json", type=Path, help="write everything to this file as well")
-
-
-def report(comparison: dict, arguments: argparse.Namespace) -> None:
-    """Print a comparison and, with `--json`, write it with the options it was made with."""
-    print(describe(comparison, arguments.batch_size))
-    if arguments.json:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
-        settings |= {"torch": torch.__version__, "device": accelerator()}
-        settings |= {"threads": torch.get_num_threads()}
-        arguments.json.write_text(json.dumps({"settings": settings} | comparison, indent=1) + "\n")
 
 
 def describe(comparison: dict, images: int, title: str = "") -> str:

@@ -9,8 +9,10 @@ command goes on after an interruption; runs that experiments have in common are 
 What it leaves is in OUT: runs/, NAME.csv and NAME.png.
 """
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
@@ -31,8 +33,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_const", dest="scale", const="quick")
     parser.add_argument("--seeds", type=positive, default=1, help="runs of each, seeds 0, 1, ...")
     parser.add_argument("--out", type=Path, help="default: scripts/out/SCALE")
+    parser.add_argument("--redraw", action="store_true", help="of OUT/NAME.csv, nothing trained")
     arguments, options = parser.parse_known_args()
     out = (arguments.out or spec.ROOT / "scripts" / "out" / arguments.scale).absolute()
+    table, picture = (out / f"{arguments.name}.{suffix}" for suffix in ("csv", "png"))
+    if not arguments.redraw:
+        measure(arguments, options, out, table)
+    draw(arguments.name, table, picture)
+    print(f"{table}\n{picture}")
+
+
+def measure(arguments: argparse.Namespace, options: Sequence[str], out: Path, table: Path) -> None:
+    """Train what is missing and write the CSV."""
     experiment = spec.read_experiment(arguments.name, arguments.scale)
     runs = spec.resolve_runs(experiment, arguments.scale, arguments.seeds, out / "runs", options)
     try:
@@ -43,13 +55,10 @@ def main() -> None:
         print(f"[{number}/{len(runs)}] {run.name}, seed {run.seed}: {run.folder}", flush=True)
         if not run.is_finished():
             train(run)
-    table, picture = (out / f"{arguments.name}.{suffix}" for suffix in ("csv", "png"))
     with init_distributed() as dist:
         measured = MEASURES[experiment.measure](runs, experiment.settings, dist, table)
         published = ({"source": "published", **row} for row in experiment.published)
         write_table(table, [*measured, *published])
-    draw(arguments.name, table, picture)
-    print(f"{table}\n{picture}")
 
 
 def train(run: spec.Run) -> None:

@@ -1,7 +1,4 @@
-"""Draw a table or figure of the paper from its CSV, and print its numbers as a Markdown table.
-
-python -m scripts.experiments.plots fig8 scripts/out/small/fig8.csv --picture fig8.png
-"""
+"""Draw a table or figure of the paper from its CSV, and print its numbers as a Markdown table."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -13,8 +10,7 @@ from matplotlib.figure import Figure
 
 from scripts.experiments.table import Table, read_table
 from utils.checkpoint.files import atomic_write
-from utils.run.command_line import Parser, command, markdown_table
-from utils.run.errors import UserError
+from utils.run.command_line import markdown_table
 
 plt.switch_backend("Agg")
 plt.rcParams["figure.constrained_layout.use"] = True
@@ -244,9 +240,9 @@ def draw_rates(ours: Table, paper: Table) -> Drawing:
     return figure, summary
 
 
+# Experiments that are more than accuracies side by side.
 DRAWINGS: dict[str, Callable[[Table, Table], Drawing]] = {
     "table1": draw_table1,
-    **dict.fromkeys(("table2", "table3", "table4", "precision"), draw_accuracies),
     "fig1": draw_surfaces,
     "fig2": draw_curves,
     "fig3": draw_activations,
@@ -262,25 +258,10 @@ def draw(name: str, table: Path, picture: Path) -> None:
     """Draw the CSV `table` of experiment `name` as a PNG file, and print its Markdown table.
 
     Raises:
-        UserError: no such experiment, or a CSV that cannot be read or is not of this experiment.
+        UserError: a CSV that cannot be read or is not of this experiment.
     """
-    if name not in DRAWINGS:
-        raise UserError(f"unknown experiment {name!r}: there are {', '.join(DRAWINGS)}")
     rows = read_table(table)
     ours, paper = rows.where(source="measured"), rows.where(source="published")
-    figure, summary = DRAWINGS[name](ours, paper)
+    figure, summary = DRAWINGS.get(name, draw_accuracies)(ours, paper)
     print(markdown_table(summary))
     atomic_write(picture, lambda file: figure.savefig(file, format="png", dpi=110))
-
-
-@command
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("name", help=", ".join(DRAWINGS))
-    parser.add_argument("table", type=Path, help="CSV of python -m scripts.experiments")
-    parser.add_argument("--picture", type=Path, required=True, help="PNG file")
-    draw(**vars(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()

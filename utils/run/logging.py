@@ -205,17 +205,12 @@ def epoch_record(
 
 def _commit() -> str:
     """The repo's commit, `-dirty` if the working tree differs from it."""
-    git = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--abbrev=40",
-        "--dirty",
-    ]
+    git = ("git", "describe", "--always", "--abbrev=40", "--dirty")
+    here = Path(__file__).parent
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            git, cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown (not a git checkout)"
 

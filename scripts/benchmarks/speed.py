@@ -1,12 +1,19 @@
-"""How fast this machine trains and evaluates, by options and batch size.
+"""How fast this machine trains, evaluates and loads: ours against the reference, side by side.
 
-    mkdir -p docs/results/speed
-    python -m scripts.benchmarks speed --output docs/results/speed [--batches 8 16] [--teacher]
-    python -m scripts.benchmarks speed --output docs/results/speed --redraw
+    python -m scripts.benchmarks.speed --only step --cases "bfloat16, compiled" --batches 8
+    python -m scripts.benchmarks.speed --output docs/results/speed [--teacher]
+    python -m scripts.benchmarks.speed --output docs/results/speed --redraw
 
-Runs `step` and `evaluation` for each case and batch, then `loader` and `workers`, each in a process
-of its own.  Writes `results.json`, `table.md` and `speed.png` (the last two again with --redraw),
-and `profile.txt`, the costliest operations of the last step.  Needs requirements-decoder.txt.
+step        a training step; the reference is composed from elementary operations
+            (models/reference.py), in float32, eager and NCHW
+evaluation  a forward pass, against the same
+measures    a training step without and with the live measures of its signs
+loader      loading images in one process, against the released transforms
+workers     batches of a training run's loader, by its number of processes
+
+Each line is measured in a process of its own.  --output writes `results.json`, from it `table.md`
+and `speed.png` (these two again with --redraw), and `profile.txt`, the costliest operations of the
+last step.  Loading needs requirements-decoder.txt.
 """
 
 import argparse
@@ -26,7 +33,11 @@ from scripts.benchmarks.timing import DEVICE, describe, in_fresh_process, rate_w
 from scripts.benchmarks.training import PEAK, SAVED, TEACHER
 from utils.data.decode import DECODERS
 from utils.data.transforms import RESIZE
-from utils.run.command_line import Parser, positive
+from utils.run.command_line import Parser, command, positive
+
+PASSES = ["step", "evaluation", "measures"]
+LOADING = ["loader", "workers"]
+PAGE = ["step", "evaluation", *LOADING]  # of what is measured
 
 COMPILED = {"compile": True, "channels_last": True}
 CASES = {
@@ -41,18 +52,23 @@ if DEVICE.type == "cpu":
     CASES = {name: case for name, case in CASES.items() if case["precision"] != "tf32"}
 
 
-def add_options(parser: Parser) -> None:
-    batches = [64, 128, 256] if DEVICE.type == "cuda" else [8, 16]
+@command
+def main() -> None:
+    parser = Parser(__doc__)
     add_output_options(parser)
+    batches = [64, 128, 256] if DEVICE.type == "cuda" else [8, 16]
+    parser.add_argument("--only", choices=[*PASSES, *LOADING], nargs="+", default=PAGE)
+    parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--against", choices=training.SIDES, default="reference")
     parser.add_argument("--model", choices=MODELS, default="reactnet_a")
     parser.add_argument("--image_size", type=positive, default=224)
     parser.add_argument("--batches", type=positive, nargs="+", default=batches)
     parser.add_argument("--teacher", action="store_true", help=f"steps with a {TEACHER}")
     parser.add_argument("--rounds", type=positive, default=5)
-
-
-def run(what: str, arguments: argparse.Namespace) -> None:
-    write_page(arguments, "speed.png", measure, as_markdown, draw)
+    parser.add_argument(
+        "--images", type=positive, default=64, help="that `loader` loads in a round"
+    )
+    write_page(parser.parse_args(), "speed.png", measure, as_markdown, draw)
 
 
 def measure(arguments: argparse.Namespace) -> dict:
@@ -71,27 +87,28 @@ def measure(arguments: argparse.Namespace) -> dict:
 
 def measure_passes(arguments: argparse.Namespace) -> Iterator[dict]:
     """A row for each kind of pass, batch and case."""
-    last_step = ("step", arguments.batches[-1], list(CASES)[-1])
-    for what, batch, name in product(("step", "evaluation"), arguments.batches, CASES):
-        print(f"\n{what}, {name}, batch {batch}", flush=True)
+    passes = [what for what in PASSES if what in arguments.only]
+    for what, batch, case in product(passes, arguments.batches, arguments.cases):
+        print(f"\n{what}, {case}, batch {batch}", flush=True)
         teacher = TEACHER if arguments.teacher and what == "step" else None
-        options = {"model": arguments.model, "teacher": teacher, **CASES[name]}
+        options = {"model": arguments.model, "teacher": teacher, **CASES[case]}
         config = training.step2_config(arguments.image_size, batch_size=batch, **options)
-        profile = arguments.output / "profile.txt" if (what, batch, name) == last_step else None
+        profile = arguments.output and what == "step" and arguments.output / "profile.txt"
         comparison = in_fresh_process(
-            training.compare, what, config, arguments.rounds, profile=profile
+            training.compare, what, config, arguments.rounds, arguments.against, profile
         )
         print(describe(comparison, batch), flush=True)
-        row = {"what": what, "case": name, "precision": config.precision, "batch": batch}
-        yield row | comparison
+        yield {"what": what, "case": case, "batch": batch} | comparison
 
 
 def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
     """The transforms of one process, and whole loaders with as many workers as there are cores."""
     choices = list(product(DECODERS, RESIZE))
     workers = [0, *(2**n for n in range(8) if 2**n <= os.cpu_count())]
-    for what, images, numbers in (("loader", 64, ()), ("workers", 256, workers)):
+    cases = {"loader": (arguments.images, ()), "workers": (4 * arguments.images, workers)}
+    for what in (what for what in LOADING if what in arguments.only):
         print(f"\n{what}", flush=True)
+        images, numbers = cases[what]
         comparison = in_fresh_process(
             loading.compare, images, arguments.image_size, arguments.rounds, choices, numbers
         )
@@ -106,36 +123,41 @@ def as_markdown(results: dict) -> str:
         f"{results['network']}, {results['image_size']} pixels, steps {teacher} a teacher,"
         f" {results['date']}, {results['machine']}, torch {results['torch']}; medians of"
         f" {results['rounds']} interleaved rounds (lowest to highest).\n\n"
-        f"{table(map(pass_line, results['rows']))}\n\n"
-        + "\n\n".join(describe(row, row["images"], row["what"]) for row in results["loading"])
+        + "\n\n".join(
+            [table(map(pass_line, results["rows"]))]
+            + [describe(row, row["images"], row["what"]) for row in results["loading"]]
+        )
         + "\n"
     )
 
 
 def pass_line(row: dict) -> dict[str, str]:
-    ours, reference = row["seconds"]["ours"], row["seconds"]["reference"]
+    theirs, ours = row["seconds"].values()
     line = {
         "": row["what"],
         "options": row["case"],
         "batch": str(row["batch"]),
-        "reference, images/s": f"{row['batch'] / median(reference):.1f}",
+        "other, images/s": f"{row['batch'] / median(theirs):.1f}",
         "images/s (range)": rate_with_range(ours, row["batch"]),
-        "times": f"{median(reference) / median(ours):.2f}",
+        "times": f"{median(theirs) / median(ours):.2f}",
     }
     for note in (SAVED, PEAK):
-        values = row["notes"].get(note) if row["what"] == "step" else None
-        line[note] = f"{values['ours']:.1f} of {values['reference']:.1f}" if values else ""
+        line[note] = " of ".join(f"{n:.1f}" for n in reversed(row["notes"].get(note, {}).values()))
     return line
 
 
 def draw(results: dict) -> Figure:
     """Images a second of both sides, one panel for each kind of pass."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    for axes, what in zip(figure.subplots(1, 2), ("step", "evaluation"), strict=True):
+    passes = list(dict.fromkeys(row["what"] for row in results["rows"]))
+    for axes, what in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
         rows = [row for row in reversed(results["rows"]) if row["what"] == what]
+        styles = ((0.2, "tab:gray"), (-0.2, "tab:blue"))
         for place, row in enumerate(rows):
-            for side, shift, colour in (("reference", 0.2, "tab:gray"), ("ours", -0.2, "tab:blue")):
-                low, middle, high = timing.rates(row["seconds"][side], row["batch"])
+            for (side, seconds), (shift, colour) in zip(
+                row["seconds"].items(), styles, strict=True
+            ):
+                low, middle, high = timing.rates(seconds, row["batch"])
                 label = side if place == 0 else None
                 spread = [[middle - low], [high - middle]]
                 axes.barh(place + shift, middle, 0.36, xerr=spread, color=colour, label=label)
@@ -145,3 +167,7 @@ def draw(results: dict) -> Figure:
         axes.legend(fontsize=8)
     figure.suptitle(f"{results['network']}, {results['machine']}, {results['date']}", fontsize=10)
     return figure
+
+
+if __name__ == "__main__":
+    main()
