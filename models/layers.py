@@ -29,12 +29,13 @@ class _AvgPool2x2Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        ctx.layout = memory_format_of(x)
         return F.avg_pool2d(x, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
-        return F.interpolate(grad / 4, scale_factor=2)
+        return F.interpolate(grad / 4, scale_factor=2).contiguous(memory_format=ctx.layout)
 
 
 class AvgPool2x2(nn.AvgPool2d):
@@ -48,6 +49,33 @@ class AvgPool2x2(nn.AvgPool2d):
             return super().forward(x)
         # Its own gradient, of which torch.compile makes far faster code than of torch's.
         return _AvgPool2x2Function.apply(x)
+
+
+class _GlobalAvgPoolFunction(torch.autograd.Function):
+    """Means over rows and columns; each pixel's gradient is its share of the mean's."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.shape, ctx.layout = x.shape, memory_format_of(x)
+        return x.mean((2, 3), keepdim=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        height, width = ctx.shape[2:]
+        grad = grad / (height * width)
+        return grad.expand(ctx.shape).contiguous(memory_format=ctx.layout)
+
+
+class GlobalAvgPool(nn.AdaptiveAvgPool2d):
+    """Means over rows and columns: (N, C, H, W) -> (N, C, 1, 1)."""
+
+    def __init__(self):
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Its own gradient has the memory layout of x, which the whole backward pass then keeps.
+        return _GlobalAvgPoolFunction.apply(x)
 
 
 class RealActivation(nn.Module):
@@ -92,6 +120,37 @@ class NetworkOptions:
         if first < 1:
             raise UserError(f"width {self.width} leaves no channel: give at least {1 / counts[0]}")
         return [first * count // counts[0] for count in counts]
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last or contiguous: what a gradient of x (N, C, H, W) should have as well."""
+    is_channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_channels_last else torch.contiguous_format
+
+
+def concatenated_conv_bn(
+    x: Tensor, convs: Sequence[LatentConv2d], norms: Sequence[nn.BatchNorm2d]
+) -> Tensor:
+    """Each convolution of the same x (N, C, H, W), then its BN, concatenated along the channels.
+
+    In training, one convolution and one BN of the concatenated parameters compute the same.
+    """
+    # Not of nn.SyncBatchNorm, and not of the reference's convolutions.
+    is_plain = type(norms[0]) is nn.BatchNorm2d and type(convs[0]) in (LatentConv2d, BinaryConv2d)
+    if not (is_plain and norms[0].training):
+        pairs = zip(convs, norms, strict=True)
+        return torch.cat([norm(conv(x)) for conv, norm in pairs], dim=1)
+    y = convs[0]._conv_forward(x, torch.cat([conv.weight for conv in convs]), None)
+    names = ("running_mean", "running_var", "weight", "bias")
+    values = [torch.cat([getattr(norm, name) for norm in norms]) for name in names]
+    y = F.batch_norm(y, *values, True, norms[0].momentum, norms[0].eps)
+    with torch.no_grad():
+        for name, value in zip(names[:2], values, strict=False):
+            for norm, part in zip(norms, value.chunk(len(norms)), strict=True):
+                getattr(norm, name).copy_(part)
+        for norm in norms:
+            norm.num_batches_tracked.add_(1)
+    return y
 
 
 def binary_convolutions(model: nn.Module) -> dict[str, BinaryConv2d]:

@@ -5,7 +5,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from models.layers import AvgPool2x2, LearnableBias, NetworkOptions
+from models.layers import (
+    AvgPool2x2,
+    GlobalAvgPool,
+    LearnableBias,
+    NetworkOptions,
+    concatenated_conv_bn,
+)
 from utils.binarize import RPReLU
 
 CHANNELS = [32] + [64] + [128] * 2 + [256] * 2 + [512] * 6 + [1024] * 2  # stem, blocks; width 1
@@ -62,9 +68,9 @@ class Block(nn.Module):
 
         binary = self.sign2(x, self.move21.bias)
         if self.doubles:
-            left = self.bn2_1(self.binary_pw_down1(binary)) + x
-            right = self.bn2_2(self.binary_pw_down2(binary)) + x
-            x = torch.cat([left, right], dim=1)  # (N, 2C, H/s, W/s)
+            convs = self.binary_pw_down1, self.binary_pw_down2
+            y = concatenated_conv_bn(binary, convs, (self.bn2_1, self.bn2_2))
+            x = y + torch.cat([x, x], dim=1)  # (N, 2C, H/s, W/s)
         else:
             x = self.bn2(self.binary_pw(binary)) + x
         return self.prelu2(x, self.move22.bias, self.move23.bias)
@@ -91,7 +97,7 @@ class ReActNetA(nn.Module):
             keeps_size = after == before or before == channels[0]
             keeps_size |= options.small_images and after == channels[-1]
             self.feature.append(Block(before, after, 1 if keeps_size else 2, options))
-        self.pool1 = nn.AdaptiveAvgPool2d(1)
+        self.pool1 = GlobalAvgPool()
         self.fc = nn.Linear(channels[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)

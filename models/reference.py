@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import AvgPool2x2
+from models.layers import AvgPool2x2, GlobalAvgPool
 from utils.binarize import BinaryConv2d, RPReLU, Sign
 
 
@@ -63,6 +63,7 @@ REFERENCE = {
     RPReLU: ReferenceRPReLU,
     BinaryConv2d: ReferenceBinaryConv2d,
     AvgPool2x2: nn.AvgPool2d,
+    GlobalAvgPool: nn.AdaptiveAvgPool2d,
 }
 
 

@@ -6,7 +6,7 @@ All have a real 7x7 stem and four stages of four one-convolution blocks, each wi
 import torch
 from torch import Tensor, nn
 
-from models.layers import AvgPool2x2, LearnableBias, NetworkOptions
+from models.layers import AvgPool2x2, GlobalAvgPool, LearnableBias, NetworkOptions
 from utils.binarize import RPReLU
 
 CHANNELS = (64, 128, 256, 512)  # of the four stages at width 1
@@ -134,7 +134,7 @@ class BinaryResNet18(nn.Module):
             blocks += [self.block(after, after, 1, size, options) for _ in range(3)]
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
             before = after
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAvgPool()
         self.fc = nn.Linear(before, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)

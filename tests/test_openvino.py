@@ -15,7 +15,12 @@ from models import MODELS, build_model
 from models.export.fold import fold_scales
 from models.export.openvino import OpenVinoNetwork, constants_path, load_engine, write_openvino
 from models.export.openvino_graph import build_graph, thresholds
-from models.export.openvino_selftest import PRECISION, binary_kernels, compare_with_integers
+from models.export.openvino_selftest import (
+    PRECISION,
+    SelfTestLayer,
+    binary_kernels,
+    compare_with_integers,
+)
 from models.layers import binary_convolutions
 from utils.binarize import Sign, add_shift
 from utils.run.errors import UserError
@@ -28,8 +33,9 @@ AVX2 = {"OV_CPU_MAX_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 TIE = 2e-5  # inputs of Sign nearer to 0 may have another sign in float32
 
 
-def assert_exact(layer: tuple, images: tuple, fused: bool, seed: int = 0) -> None:
-    computed, exact, kernels = compare_with_integers(openvino, layer, images, fused, seed)
+def assert_exact(layer: SelfTestLayer, *images: int, seed: int = 0) -> None:
+    shape = (images[0], layer.conv.in_channels, *images[1:])
+    computed, exact, kernels = compare_with_integers(openvino, layer, shape, seed)
     assert computed.shape == exact.shape and (computed == exact).all(), (layer, images, seed)
     assert kernels and all(name.startswith("jit_") for name in kernels), kernels
 
@@ -45,8 +51,9 @@ ALL_LAYERS = sorted(set.union(*map(layer_shapes, MODELS)))
 
 @pytest.mark.parametrize("layer", ALL_LAYERS, ids=str)
 def test_every_layer_of_every_network_equals_integers_at_odd_sizes_and_batches(layer):
-    assert_exact(layer, (3, 7, 5), fused=False)
-    assert_exact(layer, (1, 1, 9), fused=True)
+    inputs, _, kernel, _ = layer
+    assert_exact(SelfTestLayer(*layer, fused=False), 3, 7, 5)
+    assert_exact(SelfTestLayer(inputs, inputs, kernel, 1, fused=True), 1, 1, 9)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -55,9 +62,12 @@ def test_any_layer_equals_integers(seed):
     inputs, outputs = map(int, rng.integers(1, 70, 2))
     kernel_size, stride = int(rng.choice([1, 3])), int(rng.choice([1, 2]))
     height, width = map(int, rng.integers(1, 14, 2))
-    batch = int(rng.integers(1, 4))
-    layer, images = (inputs, outputs, kernel_size, stride), (batch, height, width)
-    assert_exact(layer, images, seed % 2 == 0, seed)
+    images = int(rng.integers(1, 4)), height, width
+    if seed % 2 == 0:
+        layer = SelfTestLayer(inputs, inputs, kernel_size, 1, fused=True, seed=seed)
+    else:
+        layer = SelfTestLayer(inputs, outputs, kernel_size, stride, fused=False, seed=seed)
+    assert_exact(layer, *images, seed=seed)
 
 
 def test_a_threshold_is_the_last_float_below_sign_s_turn():
@@ -237,7 +247,8 @@ def test_limited_to_avx2_the_layers_are_exact_too():
 from test_openvino import *
 for seed in range(8):
     test_any_layer_equals_integers(seed)
-print(*compare_with_integers(openvino, (40, 24, 3, 2), (1, 7, 5), fused=False)[2])
+layer = SelfTestLayer(40, 24, 3, 2, fused=False)
+print(*compare_with_integers(openvino, layer, (1, 40, 7, 5))[2])
 """
     run = subprocess.run(
         [sys.executable, "-c", program],

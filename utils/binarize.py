@@ -11,7 +11,7 @@ operations.  Sign(0) is +1, so that there are exactly two values; the released c
 `torch.sign`, where it is 0.
 
 Under autocast, Sign and the binary convolution return the lower precision, in which -1 and +1 are
-exact; the scale mean|w| is then applied to the convolution's output.
+exact.
 """
 
 import torch
@@ -74,9 +74,10 @@ class ScaledSignClipSTE(torch.autograd.Function):
 
 
 class BinaryConvolution(torch.autograd.Function):
-    """y = x * w_b, the convolution with w_b[o] = mean|w[o]| * Sign(w[o]);  dL/dw as above.
+    """y = x * w_b = (x * Sign(w)) mean|w|, a convolution;  dL/dw := dL/dw_b * 1[|w| <= 1].
 
-    In a lower precision y = (x * Sign(w)) times mean|w|, so that only the output is rounded.
+    Scaled after the sum, which is then a whole number: a sum of 0 stays 0, whatever the order of
+    summation, and a PReLU behind it takes the same slope; in a lower precision only y is rounded.
     """
 
     @staticmethod
@@ -85,8 +86,6 @@ class BinaryConvolution(torch.autograd.Function):
         dtype = _autocast_dtype(x)
         x = x.to(dtype)
         ctx.save_for_backward(x, w)
-        if dtype == w.dtype:
-            return F.conv2d(x, _scaled_sign(w, dtype), None, *ctx.geometry)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
         return torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y)).to(dtype)
 
@@ -225,9 +224,9 @@ class BinaryConv2d(LatentConv2d):
         if self.latent_init == "positive":
             nn.init.uniform_(self.weight, 0, 0.001)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: None) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return BinaryConvolution.apply(x, self.weight, *geometry)
+        return BinaryConvolution.apply(x, weight, *geometry)
 
 
 # Helpers

@@ -5,25 +5,66 @@ BinaryConvolution multiplies by XNOR and adds by popcount.  Its input are the bi
 products of -1 and +1, an integer that float32 holds exactly.  Whatever maps each channel alone
 between that sum and the next Sign (scale, BN, shifts) is one multiplication and one addition,
 worked out here in float64; the engine fuses both, the shortcut and PReLU into the convolution.
+
+Layers and operations are those that torch.fx traces: any network of the ones in `Graph` exports.
 """
 
 import copy
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
 from models.export.exported import INPUT, OUTPUT
 from models.export.fold import fold_scales
-from models.layers import AvgPool2x2, LearnableBias
-from models.reactnet import Block
-from models.resnet import BiRealBlock, LearnedScale, ReActBlock, StrongBaselineBlock
+from models.layers import AvgPool2x2, GlobalAvgPool
+from models.resnet import LearnedScale
 from utils.binarize import BinaryConv2d, RPReLU, Sign
 from utils.run.errors import UserError
 
 CHANNEL_BLOCK = 8  # the engine binarizes whole bytes of channels, and is wrong on a part of one
+
+
+def build_graph(engine: ModuleType, model: nn.Module, image_size: int, batch: int | None):
+    """The openvino.Model of a network: images (N, 3, S, S) -> logits, N dynamic for None.
+
+    Raises:
+        UserError: its weights or its activations are real, or it has a layer or an operation that
+            has no exact form here.
+    """
+    if not any(isinstance(module, Sign) for module in model.modules()):
+        raise UserError(
+            f"this {type(model).__name__} has real activations: binary convolutions need both"
+        )
+    model = fold_scales(copy.deepcopy(model).cpu().double()).requires_grad_(False)
+    return trace_graph(engine, model, (batch or -1, 3, image_size, image_size))
+
+
+def trace_graph(engine: ModuleType, model: nn.Module, shape: Sequence[int]):
+    """The openvino.Model of a float64 network in eval mode, with binary kernels of -1 and +1."""
+    try:
+        traced = fx.GraphModule(model, LayerTracer().trace(model))
+    except (fx.proxy.TraceError, TypeError) as error:
+        raise UserError(f"torch.fx cannot trace this {type(model).__name__}: {error}") from error
+    graph = Graph(engine, traced)
+    images = graph.input(*shape)
+    logits = graph.apply_affine(graph.run(images)).node
+    logits.output(0).get_tensor().set_names({OUTPUT})
+    images.node.output(0).get_tensor().set_names({INPUT})
+    return engine.Model([logits], [images.node], type(model).__name__)
+
+
+class LayerTracer(fx.Tracer):
+    """Looks into blocks, and not into the layers that they are made of."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
 
 
 def thresholds(scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -46,47 +87,97 @@ def thresholds(scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.nda
 class AffineNode:
     """scale * node + shift, one of each per channel: these maps wait here, not in nodes."""
 
-    node: Any
+    source: Any  # a node, or the `BinarySums` that will be one
     scale: np.ndarray  # (C,), float64
     shift: np.ndarray  # (C,)
 
+    @property
+    def node(self) -> Any:
+        return self.source.node if isinstance(self.source, BinarySums) else self.source
+
     def affine(self, scale: np.ndarray | float, shift: np.ndarray | float) -> "AffineNode":
         """scale * self + shift."""
-        return AffineNode(self.node, self.scale * scale, self.shift * scale + shift)
+        return AffineNode(self.source, self.scale * scale, self.shift * scale + shift)
 
 
-class Graph:
-    """Makes the nodes of layers with the openvino package; `names` are of binary convolutions."""
+@dataclass(frozen=True)
+class Signs:
+    """Sign of an affine map: what a binary convolution takes."""
 
-    def __init__(self, engine: ModuleType, names: dict[nn.Module, str]):
-        self.engine, self.op, self.names = engine, engine.opset13, names
-        self.makers = {
-            nn.Identity: lambda x, _: x,
-            nn.Sequential: lambda x, layers: self.apply(x, *layers),
+    x: AffineNode
+
+
+@dataclass
+class BinarySums:
+    """Binary convolutions of the same signs, one node for all once it is asked for."""
+
+    graph: "Graph"
+    signs: Signs
+    layers: list[nn.Conv2d]
+
+    @cached_property
+    def node(self) -> Any:
+        return self.graph.binary_convolution_node(self.signs.x, self.layers)
+
+
+class Graph(fx.Interpreter):
+    """Runs a traced network on nodes of the openvino package in place of tensors."""
+
+    def __init__(self, engine: ModuleType, traced: fx.GraphModule):
+        super().__init__(traced)
+        self.extra_traceback = False  # which would be put into messages
+        self.engine, self.op = engine, engine.opset13
+        self.names = {module: name for name, module in traced.named_modules()}
+        self.layers = {
+            nn.Identity: lambda _, x: x,
             nn.Conv2d: self.convolution,
             nn.BatchNorm2d: self.batch_norm,
+            nn.Linear: self.linear,
+            nn.ReLU: self.elementwise,
+            nn.Sigmoid: self.elementwise,
             nn.MaxPool2d: self.max_pool,
+            nn.AvgPool2d: self.average_pool,
             AvgPool2x2: self.average_pool,
-            LearnableBias: lambda x, layer: x.affine(1.0, layer.bias.numpy().ravel()),
+            GlobalAvgPool: self.global_average_pool,
             LearnedScale: self.learned_scale,
+            nn.PReLU: self.prelu,
             RPReLU: self.prelu,
+            Sign: self.sign,
             BinaryConv2d: self.binary_convolution,
-            Block: self.reactnet_a_block,
-            ReActBlock: self.react_block,
-            BiRealBlock: self.bireal_block,
-            StrongBaselineBlock: self.strong_baseline_block,
+        }
+        self.functions = {
+            operator.add: self.add,
+            torch.add: self.add,
+            operator.mul: self.multiply,
+            torch.mul: self.multiply,
+            torch.cat: self.concatenate,
+            torch.flatten: self.flatten,
+            "flatten": self.flatten,
         }
 
-    def apply(self, x: AffineNode, *layers: nn.Module) -> AffineNode:
-        """The layers one after the other."""
-        for layer in layers:
-            x = self.makers[type(layer)](x, layer)
-        return x
+    def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
+        layer = self.fetch_attr(target)
+        if type(layer) not in self.layers:
+            raise UserError(f"layer {target}, a {type(layer).__name__}, has no form in OpenVINO")
+        takes_signs = any(isinstance(x, Signs) for x in args)
+        if takes_signs != isinstance(layer, BinaryConv2d):
+            raise UserError(
+                f"layer {target}: binary convolutions, and they alone, take what a Sign gives"
+            )
+        return self.layers[type(layer)](layer, *args, **kwargs)
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target not in self.functions:
+            name = getattr(target, "__name__", target)
+            raise UserError(f"operation {name} has no form in OpenVINO: use one of nn's layers")
+        return self.functions[target](*args, **kwargs)
+
+    call_method = call_function
 
     def input(self, *shape: int) -> AffineNode:
         """An input of the network; -1 leaves a dimension dynamic."""
         node = self.op.parameter(list(shape), np.float32, name=INPUT)
-        return AffineNode(node, np.ones(shape[1]), np.zeros(shape[1]))
+        return plain(node, shape[1])
 
     def constant(self, values: np.ndarray):
         return self.op.constant(values.astype(np.float32))
@@ -106,53 +197,112 @@ class Graph:
         x = self.apply_scale(x)
         if (x.shift == 0).all():
             return x
-        node = self.op.add(x.node, self.per_channel(x.shift))
-        return AffineNode(node, x.scale, np.zeros_like(x.shift))
+        return plain(self.op.add(x.node, self.per_channel(x.shift)), len(x.shift))
 
     def add(self, x: AffineNode, y: AffineNode) -> AffineNode:
         x, y = self.apply_scale(x), self.apply_scale(y)
         return AffineNode(self.op.add(x.node, y.node), x.scale, x.shift + y.shift)
 
-    def batch_norm(self, x: AffineNode, *layers: nn.BatchNorm2d) -> AffineNode:
-        """BN; several norm the concatenated outputs of as many convolutions."""
+    def multiply(self, x: AffineNode, y: AffineNode) -> AffineNode:
+        x, y = self.apply_affine(x), self.apply_affine(y)
+        return plain(self.op.multiply(x.node, y.node), len(x.scale))
+
+    def concatenate(self, parts: Sequence[AffineNode], dim: int = 1) -> AffineNode:
+        """Along the channels; convolutions of the same signs become one."""
+        sources = [x.source for x in parts]
+        if all(isinstance(s, BinarySums) and s.signs is sources[0].signs for s in sources):
+            layers = [layer for source in sources for layer in source.layers]
+            source = BinarySums(self, sources[0].signs, layers)
+        else:
+            source = self.op.concat([x.node for x in parts], dim)
+        scale, shift = (np.concatenate([getattr(x, n) for x in parts]) for n in ("scale", "shift"))
+        return AffineNode(source, scale, shift)
+
+    def flatten(self, x: AffineNode, start_dim: int) -> AffineNode:
+        """(N, C, 1, 1) -> (N, C)."""
+        x = self.apply_affine(x)
+        return replace(x, source=self.op.reshape(x.node, self.op.constant([0, -1]), True))
+
+    def batch_norm(self, layer: nn.BatchNorm2d, x: AffineNode) -> AffineNode:
         mean, var, weight, bias = (
-            np.concatenate([getattr(layer, name).numpy() for layer in layers])
+            getattr(layer, name).numpy()
             for name in ("running_mean", "running_var", "weight", "bias")
         )
-        scale = weight / np.sqrt(var + layers[0].eps)
+        scale = weight / np.sqrt(var + layer.eps)
         return x.affine(scale, bias - mean * scale)
 
-    def learned_scale(self, x: AffineNode, layer: LearnedScale) -> AffineNode:
+    def learned_scale(self, layer: LearnedScale, x: AffineNode) -> AffineNode:
         positions = (layer.row * layer.column).numpy()[None]  # (1, 1, H, W)
         if tuple(x.node.get_output_partial_shape(0))[2:] == positions.shape[2:]:
             x = self.apply_affine(x)
-            x = replace(x, node=self.op.multiply(x.node, self.constant(positions)))
+            x = replace(x, source=self.op.multiply(x.node, self.constant(positions)))
         return x.affine(layer.channel.numpy().ravel(), 0.0)
 
-    def prelu(self, x: AffineNode, layer: nn.PReLU) -> AffineNode:
+    def sign(self, layer: Sign, x: AffineNode, shift: Tensor | None = None) -> Signs:
+        return Signs(x.affine(1.0, 0.0 if shift is None else shift.numpy().ravel()))
+
+    def prelu(
+        self,
+        layer: nn.PReLU,
+        x: AffineNode,
+        before: Tensor | None = None,
+        after: Tensor | None = None,
+    ) -> AffineNode:
+        before, after = (0.0 if b is None else b.numpy().ravel() for b in (before, after))
+        x = self.apply_affine(x.affine(1.0, before))
+        node = self.op.prelu(x.node, self.constant(layer.weight.numpy()))
+        return replace(x, source=node).affine(1.0, after)
+
+    def elementwise(self, layer: nn.ReLU | nn.Sigmoid, x: AffineNode) -> AffineNode:
         x = self.apply_affine(x)
-        return replace(x, node=self.op.prelu(x.node, self.constant(layer.weight.numpy())))
+        return replace(x, source=getattr(self.op, type(layer).__name__.lower())(x.node))
 
-    def average_pool(self, x: AffineNode, _: AvgPool2x2) -> AffineNode:
-        node = self.op.avg_pool(x.node, [2, 2], [0, 0], [0, 0], [2, 2], True, "ceil")
-        return replace(x, node=node)  # (N, C, ceil(H/2), ceil(W/2))
+    def average_pool(self, layer: nn.AvgPool2d, x: AffineNode) -> AffineNode:
+        size, stride, padding = _windows(layer)
+        rounding = "ceil" if layer.ceil_mode else "floor"
+        node = self.op.avg_pool(x.node, stride, padding, padding, size, True, rounding)
+        return replace(x, source=node)  # (N, C, H/s, W/s)
 
-    def max_pool(self, x: AffineNode, layer: nn.MaxPool2d) -> AffineNode:
+    def max_pool(self, layer: nn.MaxPool2d, x: AffineNode) -> AffineNode:
         x = self.apply_scale(x)
-        size, stride, padding = ([n] * 2 for n in (layer.kernel_size, layer.stride, layer.padding))
+        size, stride, padding = _windows(layer)
         node = self.op.max_pool(x.node, stride, [1, 1], padding, padding, size).output(0)
-        return replace(x, node=node)  # (N, C, H/s, W/s)
+        return replace(x, source=node)  # (N, C, H/s, W/s)
 
-    def convolution(self, x: AffineNode, layer: nn.Conv2d) -> AffineNode:
+    def global_average_pool(self, layer: GlobalAvgPool, x: AffineNode) -> AffineNode:
+        node = self.op.reduce_mean(x.node, self.op.constant([2, 3]), keep_dims=True)
+        return replace(x, source=node)  # (N, C, 1, 1)
+
+    def linear(self, layer: nn.Linear, x: AffineNode) -> AffineNode:
+        node = self.op.matmul(x.node, self.constant(layer.weight.numpy()), False, True)
+        if layer.bias is not None:
+            node = self.op.add(node, self.constant(layer.bias.numpy()[None]))
+        return plain(node, layer.out_features)  # (N, O)
+
+    def convolution(self, layer: nn.Conv2d, x: AffineNode) -> AffineNode:
         """A real-valued convolution: the stem, or 1x1 on a shortcut."""
-        kernel = layer.weight.numpy()  # (O, I, kH, kW)
         if layer.padding != (0, 0):
             x = self.apply_affine(x)  # what pads is 0 after the shift
-        weights = self.constant(kernel * x.scale[:, None, None])
-        node = self.op.convolution(x.node, weights, *_geometry(layer))  # (N, O, H/s, W/s)
-        return AffineNode(node, np.ones(len(kernel)), kernel.sum((2, 3)) @ x.shift)
+        kernel = layer.weight.numpy()  # (O, I/G, kH, kW)
+        kernel = kernel.reshape(layer.groups, -1, *kernel.shape[1:])  # (G, O/G, I/G, kH, kW)
+        scale, shift = (v.reshape(layer.groups, 1, -1, 1, 1) for v in (x.scale, x.shift))
+        weights, shift = kernel * scale, (kernel * shift).sum((2, 3, 4)).ravel()
+        if layer.bias is not None:
+            shift = shift + layer.bias.numpy()
+        convolve = self.op.group_convolution
+        if layer.groups == 1:
+            convolve, weights = self.op.convolution, weights[0]
+        node = convolve(x.node, self.constant(weights), *_geometry(layer))  # (N, O, H/s, W/s)
+        return AffineNode(node, np.ones(len(shift)), shift)
 
-    def binary_convolution(self, x: AffineNode, *layers: nn.Conv2d) -> AffineNode:
+    def binary_convolution(self, layer: BinaryConv2d, signs: Signs) -> AffineNode:
+        if layer.groups != 1:
+            raise UserError(f"layer {self.names[layer]}: no binary convolution has groups")
+        halved = 1 / _repeats(len(signs.x.scale))
+        ones = np.ones(layer.out_channels)
+        return AffineNode(BinarySums(self, signs, [layer]), ones * halved, ones * 0)
+
+    def binary_convolution_node(self, x: AffineNode, layers: Sequence[nn.Conv2d]):
         """Sign(x) convolved with kernels of exactly -1 and +1, of several layers concatenated.
 
         The engine takes multiples of 8 channels.  An odd number of channels is taken twice and the
@@ -160,9 +310,8 @@ class Graph:
         by +1 and -1 in turn: that adds nothing, also at the borders.
         """
         t, signs = thresholds(x.scale, x.shift)
-        repeats = 1 + len(t) % 2
-        filled = repeats * len(t)
-        channels = np.tile(np.arange(len(t)), repeats)
+        filled = _repeats(len(t)) * len(t)
+        channels = np.tile(np.arange(len(t)), _repeats(len(t)))
         channels = np.pad(channels, (0, -filled % CHANNEL_BLOCK))
         node = x.node
         if len(channels) > len(t):
@@ -183,64 +332,33 @@ class Graph:
         # A pad value of 0 adds 0 to the sum; it does not stand for a bit.
         geometry = (*_geometry(layers[0]), "xnor-popcount", 0.0)
         node = self.op.binary_convolution(bits, weights, *geometry)  # (N, O, H/s, W/s)
-        node.set_friendly_name(self.names.get(layers[0], node.get_friendly_name()))
-        return AffineNode(node, np.full(len(kernel), 1 / repeats), np.zeros(len(kernel)))
-
-    def head(self, x: AffineNode, layer: nn.Linear):
-        """Global average pooling and `fc`: (N, C, H, W) -> node (N, classes)."""
-        weight, bias = layer.weight.numpy(), layer.bias.numpy()
-        axes = self.op.constant(np.array([2, 3]))
-        mean = self.op.reduce_mean(x.node, axes, keep_dims=False)  # (N, C)
-        product = self.op.matmul(mean, self.constant(weight * x.scale), False, True)
-        return self.op.add(product, self.constant((weight @ x.shift + bias)[None]))
-
-    def reactnet_a_block(self, x: AffineNode, block: Block) -> AffineNode:
-        y = self.apply(x, block.move11, block.binary_3x3, block.bn1)
-        x = self.add(y, self.apply(x, block.shortcut))  # (N, C, H/s, W/s)
-        x = self.apply(x, block.move12, block.prelu1, block.move13)
-
-        y = self.apply(x, block.move21)
-        if block.doubles:
-            y = self.binary_convolution(y, block.binary_pw_down1, block.binary_pw_down2)
-            y = self.batch_norm(y, block.bn2_1, block.bn2_2)  # (N, 2C, H/s, W/s)
-            twice = self.op.concat([x.node, x.node], 1)
-            x = AffineNode(twice, np.tile(x.scale, 2), np.tile(x.shift, 2))
-        else:
-            y = self.apply(y, block.binary_pw, block.bn2)
-        return self.apply(self.add(y, x), block.move22, block.prelu2, block.move23)
-
-    def react_block(self, x: AffineNode, block: ReActBlock) -> AffineNode:
-        y = self.apply(x, block.move0, block.binary_conv, block.bn1)
-        y = self.add(y, self.apply(x, block.downsample))  # (N, C', H/s, W/s)
-        return self.apply(y, block.move1, block.prelu, block.move2)
-
-    def bireal_block(self, x: AffineNode, block: BiRealBlock) -> AffineNode:
-        y = self.apply(x, block.binary_conv, block.bn1)
-        return self.add(y, self.apply(x, block.downsample))  # (N, C', H/s, W/s)
-
-    def strong_baseline_block(self, x: AffineNode, block: StrongBaselineBlock) -> AffineNode:
-        y = self.apply(x, block.bn1, block.binary_conv, block.scale, block.prelu)
-        return self.add(y, self.apply(x, block.downsample))  # (N, C', H/s, W/s)
+        node.set_friendly_name(self.names[layers[0]])
+        return node
 
 
-def build_graph(engine: ModuleType, model: nn.Module, image_size: int, batch: int | None):
-    """The openvino.Model of a network: images (N, 3, S, S) -> logits, N dynamic for None.
+LAYERS = (
+    AvgPool2x2,
+    GlobalAvgPool,
+    LearnedScale,
+    RPReLU,
+    Sign,
+    BinaryConv2d,
+)  # beside those of torch.nn
 
-    Raises:
-        UserError: its weights or its activations are real.
-    """
-    if not any(isinstance(module, Sign) for module in model.modules()):
-        raise UserError(
-            f"this {type(model).__name__} has real activations: binary convolutions need both"
-        )
-    model = fold_scales(copy.deepcopy(model).cpu().double()).requires_grad_(False)
-    *layers, _, fc = model.children()  # in the order of the forward pass; _ is the global pooling
-    graph = Graph(engine, {module: name for name, module in model.named_modules()})
-    images = graph.input(-1 if batch is None else batch, 3, image_size, image_size)
-    logits = graph.head(graph.apply(images, *layers), fc)
-    logits.output(0).get_tensor().set_names({OUTPUT})
-    images.node.output(0).get_tensor().set_names({INPUT})
-    return engine.Model([logits], [images.node], type(model).__name__)
+
+def plain(node: Any, channels: int) -> AffineNode:
+    """A node whose values are what it gives."""
+    return AffineNode(node, np.ones(channels), np.zeros(channels))
+
+
+def _repeats(channels: int) -> int:
+    return 1 + channels % 2
+
+
+def _windows(layer: nn.MaxPool2d | nn.AvgPool2d) -> list[list[int]]:
+    """Size, stride and padding of a pooling layer."""
+    sides = (layer.kernel_size, layer.stride, layer.padding)
+    return [[side] * 2 if isinstance(side, int) else list(side) for side in sides]
 
 
 def _geometry(layer: nn.Conv2d) -> tuple[list[int], ...]:

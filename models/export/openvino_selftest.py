@@ -4,64 +4,70 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from models.export.openvino_graph import Graph
+from models.export.openvino_graph import trace_graph
+from utils.binarize import BinaryConv2d, Sign
 
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}  # also on a CPU that has bfloat16
+
+
+class SelfTestLayer(nn.Module):
+    """BN -> Sign -> binary convolution; `fused` adds BN, shortcut and PReLU, as networks do.
+
+    All its numbers are small multiples of 1/8, so that no float32 is rounded, and many inputs of
+    Sign are exactly 0.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int, fused: bool, seed: int = 0
+    ):
+        super().__init__()
+        rng = np.random.default_rng(seed)
+        scale = rng.choice([1.0, -1.0, 0.5, 0.0], inputs, p=[0.5, 0.3, 0.15, 0.05])
+        self.norm = norm(scale, rng.integers(-4, 5, inputs) / 8)
+        self.sign = Sign()
+        self.conv = BinaryConv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.conv.weight.data = torch.from_numpy(rng.choice([-1.0, 1.0], self.conv.weight.shape))
+        self.fused = fused
+        if fused:
+            self.scale = norm(*rng.integers(-3, 4, (2, outputs)).astype(float))
+            self.prelu = nn.PReLU(outputs)
+            self.prelu.weight.data = torch.from_numpy(rng.integers(0, 5, outputs) / 4)
+        self.double().eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.sign(self.norm(x)))
+        return self.prelu(self.scale(y) + x) if self.fused else y
+
+
+def norm(scale: np.ndarray, shift: np.ndarray) -> nn.BatchNorm2d:
+    """scale * x + shift, exactly."""
+    layer = nn.BatchNorm2d(len(scale), eps=0)
+    layer.weight.data, layer.bias.data = torch.from_numpy(scale), torch.from_numpy(shift)
+    return layer
+
+
 # Channels that fill no vector, odd sizes, both kernels of the networks.
 SELF_TEST = (
-    ((40, 24, 3, 2), (1, 7, 5), False),
-    ((64, 72, 1, 1), (2, 3, 5), True),
+    (SelfTestLayer(40, 24, 3, 2, fused=False), (1, 40, 7, 5)),
+    (SelfTestLayer(72, 72, 1, 1, fused=True), (2, 72, 3, 5)),
 )
 
 
 def compare_with_integers(
-    engine: ModuleType, layer: tuple[int, ...], images: tuple[int, ...], fused: bool, seed: int = 0
+    engine: ModuleType, layer: SelfTestLayer, shape: tuple[int, ...], seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:
     """What the engine computes, what integers give, and which of the engine's kernels ran.
-
-    The layer is Sign(scale * x + shift), where many x lie exactly at a threshold, and a binary
-    convolution, padded as in the networks; `fused` adds what follows there: scale, shift, shortcut
-    and PReLU.  All numbers are small multiples of 1/8, so that no float32 is rounded.
-
-    Args:
-        layer: input channels, output channels, kernel size and stride.
-        images: batch, height and width.
 
     Raises:
         RuntimeError: the engine refuses the layer.
     """
-    (inputs, outputs, kernel_size, stride), (batch, height, width) = layer, images
-    rng = np.random.default_rng(seed)
-    conv = nn.Conv2d(inputs, outputs, kernel_size, stride, kernel_size // 2, bias=False)
-    conv.requires_grad_(False)
-    conv.weight.data = torch.from_numpy(rng.choice([-1.0, 1.0], conv.weight.shape))
-    x = rng.integers(-8, 9, (batch, inputs, height, width)) / 8
-    scale = rng.choice([1.0, -1.0, 0.5, 0.0], (inputs, 1, 1), p=[0.5, 0.3, 0.15, 0.05])
-    shift = rng.integers(-4, 5, (inputs, 1, 1)) / 8
-    exact = conv(torch.from_numpy(np.where(scale * x + shift >= 0, 1.0, -1.0))).numpy()
-
-    graph = Graph(engine, {})
-    image = graph.input(*x.shape)
-    y = graph.binary_convolution(image.affine(scale.ravel(), shift.ravel()), conv)
-    nodes, arrays = [image.node], [x]
-    if fused:
-        scale, shift = rng.integers(-3, 4, (2, outputs, 1, 1))
-        residual = rng.integers(-9, 10, exact.shape)
-        prelu = nn.PReLU(outputs).requires_grad_(False)
-        prelu.weight.data = torch.from_numpy(rng.integers(0, 5, outputs) / 4)
-        exact = prelu(torch.from_numpy(scale * exact + shift + residual)).numpy()
-
-        shortcut = graph.input(*residual.shape)
-        y = graph.prelu(graph.add(y.affine(scale.ravel(), shift.ravel()), shortcut), prelu)
-        nodes.append(shortcut.node)
-        arrays.append(residual)
-
-    network = engine.Model([graph.apply_affine(y).node], nodes, "layer")
+    x = np.random.default_rng(seed).integers(-8, 9, shape) / 8
+    network = trace_graph(engine, layer, shape)
     compiled = engine.Core().compile_model(network, "CPU", PRECISION)
-    computed = compiled([array.astype(np.float32) for array in arrays])[0]
-    return computed, exact, binary_kernels(compiled)
+    computed = compiled([x.astype(np.float32)])[0]
+    return computed, layer(torch.from_numpy(x)).numpy(), binary_kernels(compiled)
 
 
 def binary_kernels(compiled) -> set[str]:
