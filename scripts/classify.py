@@ -20,11 +20,10 @@ from torch.utils.data import default_collate
 from torchvision.models import ResNet34_Weights
 
 from models.export.open_network import open_network
-from utils.data import image_folder
 from utils.data.decode import undecodable, whole_image
+from utils.data.image_folder import class_names_of_network
 from utils.data.transforms import ValTransform, normalize_batch
 from utils.run.command_line import Parser, add_network_options, command
-from utils.run.errors import UserError
 
 
 @command
@@ -66,13 +65,7 @@ def class_names(folder: Path | None, count: int) -> list[str]:
     if folder is None:
         imagenet = ResNet34_Weights.DEFAULT.meta["categories"]
         return imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
-    names = image_folder.class_names(folder)
-    if len(names) != count:
-        raise UserError(
-            f"the network has {count} classes and {folder} {len(names)} folders:"
-            " pass the train/ folder of the data it was trained on"
-        )
-    return names
+    return class_names_of_network(folder, count)
 
 
 if __name__ == "__main__":

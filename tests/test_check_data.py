@@ -1,8 +1,9 @@
 """Image folders that are looked through before training, and images that cannot be read in it."""
 
+import os
+
 import pytest
 from conftest import CLASSES, TRAIN, VAL
-from PIL import Image
 
 from utils.checkpoint.checkpoint import NEWEST
 
@@ -30,33 +31,48 @@ def test_a_sound_folder_is_counted(check):
     assert "1,281,167" in result.out and "50,000" in result.out
 
 
-def test_unusual_images_are_listed_and_what_stops_training_is_one_sentence(check, own_images):
-    train = own_images / "train"
-    image = Image.open(train / "star" / "0.png")
-    image.convert("CMYK").save(train / "star" / "cmyk.jpg")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(train / "disc" / "turned.jpg", exif=exif)
-    image.save(train / "bars" / "wrong.jpg", format="PNG")
-    (train / "bars" / "notes.txt").write_text("no image")
-    result = check()
-    assert result.code == 0, result.err
-    for line in ("CMYK: ", "EXIF orientation: ", "wrong suffix: "):
-        assert result.out.count(line) == 1
-    assert cells(result.out)["other files"] == ["1", "0"]
-
-    data = (train / "disc" / "turned.jpg").read_bytes()
-    (train / "disc" / "turned.jpg").write_bytes(data[: len(data) // 2])
+def test_what_stops_training_is_one_sentence_and_each_unreadable_image_is_listed(check, own_images):
+    cut_off = own_images / "train" / "disc" / "0.png"
+    cut_off.write_bytes(cut_off.read_bytes()[:100])
     (own_images / "val" / "empty").mkdir()
+    (own_images / "val" / "star" / "notes.txt").write_text("no image")
     result = check()
-    assert f"unreadable: {train}/disc/turned.jpg" in result.out
+    assert result.code == 2
+    assert result.out.count("unreadable: ") == 1 and f"unreadable: {cut_off}" in result.out
+    assert cells(result.out)["images"] == [str(len(CLASSES) * TRAIN), str(len(CLASSES) * VAL)]
     error = result.err.splitlines()[-1]
     for words in ("train has 1 unreadable images", "without images (empty)", "the classes empty"):
         assert error.startswith("error: ") and words in error
 
 
+def test_images_without_class_folders_are_counted_and_the_command_that_sorts_them_is_named(
+    check, run_step, own_images
+):
+    val = own_images / "val"
+    for image in sorted(val.glob("*/*")):
+        image.rename(val / f"{image.parent.name}_{image.name}")
+        if not any(image.parent.iterdir()):
+            image.parent.rmdir()
+    words = (
+        f"{val} holds {len(CLASSES) * VAL} images and no class folders",
+        f"scripts/prepare_imagenet.py ARCHIVES {own_images} ",
+    )
+    run_step(1, data=own_images).assert_one_sentence(*words)
+    result = check()
+    assert result.code == 2 and all(word in result.err.splitlines()[-1] for word in words)
+
+
+def test_a_pipe_named_as_an_image_is_left_out_with_a_warning(check, run_step, own_images):
+    pipe = own_images / "train" / "star" / "pipe.jpg"
+    os.mkfifo(pipe)
+    for result in (check(), run_step(1, epochs=1, data=own_images)):
+        assert result.code == 0, result.err
+        assert f"warning: {pipe} is left out" in result.err
+    assert cells(check().out)["images"][0] == str(len(CLASSES) * TRAIN)
+
+
 def test_a_missing_folder_is_one_sentence(run_script, tmp_path):
-    run_script("check_data", tmp_path / "no").assert_one_sentence("does not exist")
+    run_script("check_data", tmp_path / "no").assert_one_sentence("cannot list", "<class>/")
 
 
 def test_a_link_to_nothing_is_an_unreadable_image(check, run_step, own_images):

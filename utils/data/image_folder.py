@@ -1,28 +1,36 @@
 """Class folders of images, as torchvision lists them: SPLIT/CLASS/any depth/IMAGE."""
 
+import functools
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 
+from utils.run.command_line import printable
 from utils.run.errors import UserError
 
+IMAGENET_CLASSES = 1_000
+IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 
-def open_image_folder(root: Path, loader: Callable) -> ImageFolder:
-    """torchvision's data set of the images in `root`/<class>/.
+
+def open_image_folder(root: Path, loader: Callable, allow_empty: bool = False) -> ImageFolder:
+    """torchvision's data set of the images in `root`/<class>/; pipes and devices are left out.
 
     Raises:
-        UserError: there is no class, a class without images, or a folder that cannot be listed.
+        UserError: there is no class, or a class without images unless `allow_empty`.
     """
-    class_names(root)
-    try:
-        return ImageFolder(root, loader=loader)
-    except OSError as error:
+    names = class_names(root)
+    images = ImageFolder(root, loader=loader, is_valid_file=_is_image, allow_empty=True)
+    empty = sorted({*range(len(names))} - {*images.targets})
+    if empty and not allow_empty:
         raise UserError(
-            f"{root} has a class without images: {error}; add some, or remove its folder"
-        ) from error
+            f"{root} has a class without images ({', '.join(names[i] for i in empty[:3])}):"
+            " add some, or remove its folder"
+        )
+    return images
 
 
 def class_names(folder: Path) -> list[str]:
@@ -32,23 +40,53 @@ def class_names(folder: Path) -> list[str]:
         UserError: there are none, or it cannot be listed.
     """
     try:
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        with os.scandir(folder) as entries:
+            is_folder = {entry.name: entry.is_dir() for entry in entries}
     except OSError as error:
-        raise UserError(f"cannot list {folder}: {error.strerror}") from error
+        raise UserError(
+            f"cannot list {folder} ({error.strerror}): it must hold <class>/<images>"
+        ) from error
+    names = sorted(name for name in is_folder if is_folder[name])
     if not names:
-        raise UserError(f"{folder} has no classes: it must hold <class>/<images>")
+        raise UserError(
+            f"{folder} holds {sum(map(is_image_file, is_folder)):,} images and no class folders:"
+            " sort them into <class>/<images>, as for ImageNet"
+            f" python scripts/prepare_imagenet.py ARCHIVES {folder.parent} does"
+        )
     return names
 
 
-def images_and_others(class_folder: Path) -> tuple[list[str], list[str]]:
-    """All files of a class, at any depth: those named as images, and those training ignores."""
-    images, others = [], []
-    for folder, _, names in sorted(os.walk(class_folder, followlinks=True)):
-        for name in sorted(names):
-            is_image = name.lower().endswith(IMG_EXTENSIONS)
-            (images if is_image else others).append(str(Path(folder) / name))
-    return images, others
+def class_names_of_network(folder: Path, outputs: int) -> list[str]:
+    """The names of a network's classes, in the order of its outputs.
+
+    Raises:
+        UserError: `folder` has another number of class folders.
+    """
+    names = class_names(folder)
+    if len(names) != outputs:
+        raise UserError(
+            f"the network has {outputs} classes and {folder} {len(names)} folders:"
+            " pass the train/ folder of the data it was trained on"
+        )
+    return names
 
 
-def is_folder(path: Path) -> bool:
-    return path.is_dir()
+def _is_image(path: str) -> bool:
+    folder, name = os.path.split(path)
+    if not is_image_file(name):
+        return False
+    if name in _special_files(folder):
+        warning = printable(f"warning: {path} is left out: it is no regular file")
+        print(warning, file=sys.stderr, flush=True)
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def _special_files(folder: str) -> frozenset[str]:
+    """Pipes, sockets and devices, which would be read forever; a link to nothing is an image.
+
+    Listing a folder tells them from files, so that millions of images are not looked at one by one.
+    """
+    with os.scandir(folder) as entries:
+        return frozenset(e.name for e in entries if not e.is_file() and Path(e).exists())
