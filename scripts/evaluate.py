@@ -3,7 +3,10 @@
     python scripts/evaluate.py FILE --data /path/to/imagenet
     python scripts/evaluate.py FILE --data ... --against OTHER     (same predictions?)
     python utils/launch.py scripts/evaluate.py FILE --data ...    (one process per GPU)
+    python scripts/evaluate.py FILE --data PART --classes /path/to/imagenet/train
 
+With --classes the data may have only some of the network's classes, matched by name; the logits of
+the others are left out.  The last line is for a report.
 A file written here brings its image size; others are evaluated at 224 pixels after 256.
 In float32, roundings flip a few Signs whose inputs are near-ties, so two forms of one network may
 differ on an image in a thousand; with --precision float64 they do not.
@@ -13,6 +16,7 @@ import argparse
 import functools
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -27,8 +31,9 @@ from models.export.exported import ExportedNetwork
 from models.export.open_network import open_network
 from utils import engine
 from utils.checkpoint.checkpoint import write_released
-from utils.checkpoint.files import check_output
+from utils.checkpoint.files import check_output, sha256
 from utils.data.dataset import open_val_images
+from utils.data.image_folder import class_names_of_network
 from utils.data.loader import PrefetchLoader, val_loader
 from utils.run.command_line import Parser, add_network_options, command
 from utils.run.config import Config, parse_config
@@ -46,6 +51,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("file", type=Path, help="checkpoint, .safetensors, .onnx or .xml")
     for name in DATA_OPTIONS:
         parser.add_argument(f"--{name}", metavar="X", help="as in training")
+    parser.add_argument(
+        "--classes", type=Path, metavar="DIR", help="one folder for each class of the network"
+    )
     add_network_options(parser)
     parser.add_argument("--precision", choices=("float32", "float64"), default="float32")
     parser.add_argument("--against", type=Path, help="another form, compared image by image")
@@ -69,13 +77,17 @@ def main() -> None:
             raise UserError(f"{network} is no checkpoint: --save_released needs one")
         config = data_config(arguments, network)
         loader = val_loader(open_val_images(config, dist), config, dist)
+        if arguments.classes:
+            select_classes(network, arguments.classes, loader)
         results = evaluate(network.model, loader, config.image_size, dist)
         if arguments.against:
             other = open_on_device(arguments.against, arguments, dist)
+            if arguments.classes:
+                select_classes(other, arguments.classes, loader)
             results |= compare(network.model, other.model, loader)
     if not dist.is_rank0:
         return
-    report(results, str(network), arguments.json)
+    report(results, str(network), arguments)
     if arguments.save_released:
         write_released(network.checkpoint, arguments.save_released)
     low, high = results["top1_interval"]
@@ -102,6 +114,20 @@ def data_config(arguments: argparse.Namespace, network: Network) -> Config:
     return parse_config(DEFAULTS, [f"--{name}={value}" for name, value in options.items()])
 
 
+def select_classes(network: Network, folder: Path, loader: PrefetchLoader) -> None:
+    """Keep only the logits of the data's classes, in their order, by the names in `folder`."""
+    model, classes = network.model, loader.dataset.classes
+    outputs = engine.count_outputs(model, network.image_size, loader.device)
+    names = class_names_of_network(folder, outputs)
+    if unknown := [name for name in classes if name not in names]:
+        raise UserError(
+            f"{len(unknown)} of the data's {len(classes)} classes are none of the network's, which"
+            f" {folder} names: {', '.join(unknown[:3])}"
+        )
+    columns = [names.index(name) for name in classes]
+    model.register_forward_hook(lambda module, inputs, logits: logits[:, columns])
+
+
 def evaluate(model: nn.Module, loader: PrefetchLoader, image_size: int, dist: DistEnv) -> dict:
     """top1, top5 (percent) and loss with their intervals, images, images_per_second."""
     outputs = engine.count_outputs(model, image_size, dist.device)
@@ -109,7 +135,8 @@ def evaluate(model: nn.Module, loader: PrefetchLoader, image_size: int, dist: Di
     if outputs != len(images.classes):
         raise UserError(
             f"the network has {outputs} classes and the data {len(images.classes)}:"
-            " evaluate on the data it was trained for"
+            " evaluate on the data it was trained for, or match the classes by name with --classes"
+            " and the train/ folder of that data"
         )
     # A bar on rank 0's terminal, none where the output is not a terminal.
     progress = functools.partial(tqdm, leave=False, disable=None if dist.is_rank0 else True)
@@ -148,8 +175,8 @@ def intervals(results: dict, loss_deviation: float) -> dict[str, list[float]]:
     return bounds
 
 
-def report(results: dict, network: str, as_json: bool) -> None:
-    if as_json:
+def report(results: dict, network: str, arguments: argparse.Namespace) -> None:
+    if arguments.json:
         print(json.dumps({"network": network, "torch": torch.__version__} | results))
         return
     print(network)
@@ -163,6 +190,10 @@ def report(results: dict, network: str, as_json: bool) -> None:
             f" mean difference of a logit {results['logit_difference']:.1e}"
         )
     print(f"{results['images']} images, {results['images_per_second']:.0f} images/s")
+    print(
+        f"report: sha256 {sha256(arguments.file)}, top-1 {results['top1']:.2f} %,"
+        f" {results['images']} images, {shlex.join(['python', *sys.argv])}"
+    )
 
 
 if __name__ == "__main__":

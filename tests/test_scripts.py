@@ -1,6 +1,7 @@
 """The commands for a checkpoint in hand: evaluate, inspect, convert, count, summarize."""
 
 import csv
+import hashlib
 import json
 from pathlib import Path
 
@@ -31,7 +32,13 @@ def evaluate(run_script, image_folder):
 @pytest.fixture
 def results(evaluate):
     """What `evaluate --json` prints, as a dict."""
-    return lambda file, *options: json.loads(evaluate(file, "--json", *options).out)
+
+    def run(file, *options, **data):
+        result = evaluate(file, "--json", *options, **data)
+        assert result.code == 0, result.err
+        return json.loads(result.out)
+
+    return run
 
 
 def test_evaluation_repeats_the_validation_of_training(trained, results):
@@ -166,9 +173,41 @@ def test_file_saved_in_the_released_layout_evaluates_the_same(trained, evaluate,
     assert evaluate(trained, "--save_released", path, "--force").code == 0
 
 
+def test_last_line_of_an_evaluation_names_file_result_and_command(trained, evaluate, results):
+    digest = hashlib.sha256(trained.read_bytes()).hexdigest()
+    line = evaluate(trained).out.splitlines()[-1]
+    top1 = f"top-1 {results(trained)['top1']:.2f} %"
+    assert line.startswith(f"report: sha256 {digest}, {top1}, {COUNT} images, python ")
+    assert f" {trained} --data " in line
+
+
+def test_on_a_part_of_the_classes_only_their_logits_count(trained, results, image_folder, tmp_path):
+    part = write_images(tmp_path / "part", ("star", "bars"))
+    content = dict(read_checkpoint(trained).content)
+    kept = [CLASSES.index("bars"), CLASSES.index("star")]
+    head = {name: content["state_dict"][name][kept] for name in ("fc.weight", "fc.bias")}
+    content["state_dict"] = {**content["state_dict"], **head}
+    small = tmp_path / "small.pth.tar"
+    torch.save(content, small)
+    by_name = ("--classes", image_folder / "train", "--against", trained)
+    result, expected = results(trained, *by_name, data=part), results(small, data=part)
+    assert result["images"] == result["same_class"] == 2 * VAL
+    for name in ("top1", "top5", "loss"):
+        assert result[name] == pytest.approx(expected[name])
+
+
+def test_classes_that_the_network_lacks_are_named(trained, evaluate, image_folder, tmp_path):
+    other = write_images(tmp_path / "other", ("bars", "ring", "cross"))
+    train = image_folder / "train"
+    result = evaluate(trained, "--classes", train, data=other)
+    result.assert_one_sentence("2 of the data's 3 classes", "cross, ring", str(train))
+    result = evaluate(trained, "--classes", tmp_path / "other", data=other)
+    result.assert_one_sentence("has 3 classes and", "2 folders", "train/")
+
+
 def test_evaluation_refuses_what_it_cannot_answer(trained, evaluate, tmp_path, run_script):
     two = write_images(tmp_path / "two", ("bars", "disc"))
-    evaluate(trained, data=two).assert_one_sentence("has 3 classes and the data 2")
+    evaluate(trained, data=two).assert_one_sentence("has 3 classes and the data 2", "--classes")
     evaluate(tmp_path / "missing").assert_one_sentence("does not exist")
     evaluate(trained, data=tmp_path / "none").assert_one_sentence("does not exist", "--data")
     evaluate(trained, "--momentum", 1).assert_one_sentence("--momentum")

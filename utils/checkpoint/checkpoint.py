@@ -4,7 +4,6 @@
 `module.`), bare state dicts and packed files.
 """
 
-import hashlib
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint.files import atomic_write
+from utils.checkpoint.files import atomic_write, sha256
 from utils.checkpoint.packed import SUFFIX, read_packed
 from utils.checkpoint.seal import is_intact, seal
 from utils.run.errors import UserError
@@ -48,8 +47,7 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """The first 16 hexadecimal digits of the file's SHA-256."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return sha256(self.path)[:16]
 
     def __str__(self) -> str:
         named = {None: "unknown epoch", -1: "within the first epoch"}
