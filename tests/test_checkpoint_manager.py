@@ -201,6 +201,16 @@ def test_other_settings_do_not_overwrite_a_run(run_step, finished):
     assert contents(finished) == before
 
 
+def test_a_run_with_more_epochs_is_refused_and_the_way_that_is_named_trains_on(
+    run_step, finished, tmp_path
+):
+    newest = finished / NEWEST
+    refused = run_step(2, **{**FROM_SCRATCH, "epochs": 3})
+    refused.assert_one_sentence("epochs 3 (there 2)", f"--init_from {newest} with another --save")
+    result = run_step(2, **{**FROM_SCRATCH, "epochs": 3, "init_from": newest}, save=tmp_path / "x")
+    assert result.code == 0 and f"weights start from {newest}" in result.out
+
+
 def test_a_finished_run_started_again_changes_no_checkpoint(run_step, finished):
     before = (finished / NEWEST).read_bytes()
     again = run_step(2, **FROM_SCRATCH)

@@ -113,9 +113,14 @@ class CheckpointManager:
         content = checkpoint.content
         differences = self.config.differences(content.get("config", {}))
         if differences:
+            advice = "continue with the same ones, or pass --save with another folder"
+            if any(difference.startswith("epochs ") for difference in differences):
+                advice += (
+                    "; the learning rates of all epochs depend on epochs, so a run cannot be made"
+                    f" longer: to train on, pass --init_from {path} with another --save"
+                )
             raise UserError(
-                f"{checkpoint.path} is of a run with other settings, {', '.join(differences)}:"
-                " continue with the same ones, or pass --save with another folder"
+                f"{path} is of a run with other settings, {', '.join(differences)}: {advice}"
             )
         load_strictly(self.model, checkpoint)
         try:
