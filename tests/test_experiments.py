@@ -3,10 +3,14 @@
 import csv
 import json
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from conftest import TINY, command_line
+from filelock import FileLock
+from process import wait_until
 
+import scripts.experiments.__main__ as runner
 from scripts.experiments.measures import MEASURES
 from scripts.experiments.plots import DRAWINGS
 from scripts.experiments.spec import SCALES, experiment_names, read_experiment, resolve_runs
@@ -140,6 +144,31 @@ def test_a_run_that_stops_says_which_and_why(experiment, tmp_path):
     result = experiment("fig4", "--data", tmp_path / "nowhere")
     result.assert_one_sentence("run 'SGD' stopped", f"{tmp_path}/nowhere/train does not exist")
     assert not (tmp_path / "fig4.csv").exists()
+
+
+def test_a_run_that_another_command_trains_is_waited_for_after_all_others(
+    options, tmp_path, monkeypatch, capsys
+):
+    def finish(run, trained_by):
+        trained_by.append(run.name)
+        (run.folder / "metrics.jsonl").write_text("{}\n" * run.config.epochs)
+
+    here, there = [], []
+    monkeypatch.setattr(runner, "train", lambda run: finish(run, here))
+    runs = resolve_runs(read_experiment("fig7", "quick"), "quick", 1, tmp_path, options)
+    for run in runs:
+        run.folder.mkdir()
+    shared = next(run for run in runs if run.name == "Adam step 1")
+    printed = []
+    with FileLock(shared.folder / runner.LOCK):
+        thread = Thread(target=runner.train_missing, args=(runs,), daemon=True)
+        thread.start()
+        wait_until(lambda: printed.append(capsys.readouterr().out) or "waiting" in printed[-1])
+        assert here == ["Adam one-step", "SGD one-step", "SGD step 1", "SGD two-step"]
+        finish(shared, there)
+    thread.join()
+    assert f"waiting for another command to train {shared.folder}" in "".join(printed)
+    assert here[4:] == ["Adam two-step"] and there == ["Adam step 1"]
 
 
 def test_a_table_without_a_needed_column_or_rows_is_one_sentence(experiment, tmp_path):

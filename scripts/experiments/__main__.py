@@ -5,7 +5,8 @@
     python -m scripts.experiments table1 --scale imagenet --data /path/to/imagenet
 
 Every option of the training programs goes to all runs (--epochs 20, --workers 4, ...).  The same
-command goes on after an interruption; runs that experiments have in common are trained once.
+command goes on after an interruption; runs that experiments have in common are trained once, also
+by commands at the same time.
 What it leaves is in OUT: runs/, NAME.csv and NAME.png.
 """
 
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
 
+from filelock import FileLock, Timeout
+
 from scripts.experiments import spec
 from scripts.experiments.measures import MEASURES
 from scripts.experiments.plots import draw
@@ -23,6 +26,8 @@ from scripts.experiments.table import write_table
 from utils.run.command_line import Parser, command, positive
 from utils.run.distributed import init_distributed
 from utils.run.errors import UserError
+
+LOCK = ".experiment.lock"  # not that of training, which is a process of its own
 
 
 @command
@@ -48,17 +53,42 @@ def measure(arguments: argparse.Namespace, options: Sequence[str], out: Path, ta
     experiment = spec.read_experiment(arguments.name, arguments.scale)
     runs = spec.resolve_runs(experiment, arguments.scale, arguments.seeds, out / "runs", options)
     try:
-        (out / "runs").mkdir(parents=True, exist_ok=True)
+        for folder in (out, *(run.folder for run in runs)):  # which others find and share
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): pass --out") from error
-    for number, run in enumerate(runs, start=1):
-        print(f"[{number}/{len(runs)}] {run.name}, seed {run.seed}: {run.folder}", flush=True)
-        if not run.is_finished():
-            train(run)
+    train_missing(runs)
     with init_distributed() as dist:
         measured = MEASURES[experiment.measure](runs, experiment.settings, dist, table)
         published = ({"source": "published", **row} for row in experiment.published)
         write_table(table, [*measured, *published])
+
+
+def train_missing(runs: Sequence[spec.Run]) -> None:
+    """Train the runs that are not finished, last those that another command is training."""
+    waiting = [run for run in runs if not run.is_finished()]
+    print(f"{len(waiting)} of {len(runs)} runs to train", flush=True)
+    while waiting:
+        left = [run for run in waiting if not finish(run)]
+        if left == waiting:  # the first of them is in use, because parents come first
+            print(f"waiting for another command to train {left[0].folder}", flush=True)
+            with FileLock(left[0].folder / LOCK):
+                pass
+        waiting = left
+
+
+def finish(run: spec.Run) -> bool:
+    """Train a run; False if another command is doing so, or its parent is not finished."""
+    if run.parent and not run.parent.is_finished():
+        return False
+    try:
+        with FileLock(run.folder / LOCK, blocking=False):
+            if not run.is_finished():
+                print(f"{run.name}, seed {run.seed}: {run.folder}", flush=True)
+                train(run)
+    except Timeout:
+        return False
+    return True
 
 
 def train(run: spec.Run) -> None:

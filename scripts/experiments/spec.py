@@ -54,6 +54,7 @@ class Run:
     config: Config
     arguments: Sequence[str]
     folder: Path
+    parent: "Run | None"  # whose best checkpoint it starts from
 
     def is_finished(self) -> bool:
         """Whether its last epoch has been recorded."""
@@ -128,7 +129,7 @@ def resolve_runs(
             # A run of another experiment may have this digest under another name.
             folder, *_ = *sorted(out.glob(f"*-{digest}")), out / f"{slug}-seed{seed}-{digest}"
             arguments += ["--save", str(folder)]
-            runs[name, seed] = Run(name, seed, step, config, arguments, folder)
+            runs[name, seed] = Run(name, seed, step, config, arguments, folder, parent)
     return list(runs.values())
 
 
