@@ -6,6 +6,8 @@ import pytest
 from conftest import CLASSES, TRAIN, VAL
 
 from utils.checkpoint.checkpoint import NEWEST
+from utils.data.decode import whole_image
+from utils.data.image_folder import open_image_folder
 
 
 @pytest.fixture
@@ -65,6 +67,8 @@ def test_images_without_class_folders_are_counted_and_the_command_that_sorts_the
 def test_a_pipe_named_as_an_image_is_left_out_with_a_warning(check, run_step, own_images):
     pipe = own_images / "train" / "star" / "pipe.jpg"
     os.mkfifo(pipe)
+    listed = open_image_folder(own_images / "train", whole_image)
+    assert len(listed) == len(CLASSES) * TRAIN  # before anything would read the pipe forever
     for result in (check(), run_step(1, epochs=1, data=own_images)):
         assert result.code == 0, result.err
         assert f"warning: {pipe} is left out" in result.err
