@@ -2,8 +2,10 @@
 
 from torch import nn
 
+from models.bcdnet import BCDNetA
+from models.meliusnet import MeliusNet29
 from models.reactnet import ReActNetA
-from models.resnet import BiRealR18, ReActNetR18, StrongBaselineR18
+from models.resnet import BiRealR18, ReActNetR18, RealToBinaryR18, StrongBaselineR18
 from utils.run.errors import UserError
 
 MODELS = {
@@ -11,6 +13,9 @@ MODELS = {
     "reactnet_r18": ReActNetR18,
     "bireal_r18": BiRealR18,
     "strong_baseline_r18": StrongBaselineR18,
+    "real_to_binary_r18": RealToBinaryR18,
+    "meliusnet29": MeliusNet29,
+    "bcdnet_a": BCDNetA,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import MODELS, build_model
-from models.layers import binary_convolutions
+from models.layers import ChannelScale, binary_convolutions
 from utils.binarize import is_binary
 from utils.checkpoint.checkpoint import Checkpoint, load_strictly, read_checkpoint, with_4d_kernels
 from utils.run.config import Config, checked, from_saved
@@ -87,6 +87,10 @@ def load_network(
             )
     num_classes = len(state.get("fc.bias", ())) or 1000
     model = build_model(name, num_classes, **options)
+    for key, layer in model.named_modules():
+        # Only a file of exact weights holds it.
+        if isinstance(layer, ChannelScale) and f"{key}.channel" in state:
+            layer.channel = torch.ones(layer.channels, 1, 1)
     load_strictly(model, checkpoint)
     sizes = (config.image_size, config.val_resize) if config else (224, 256)  # as released
     return LoadedNetwork(model.eval(), name, num_classes, options, checkpoint, config, *sizes)

@@ -85,6 +85,21 @@ class RealActivation(nn.Module):
         return add_shift(x, shift)
 
 
+class ChannelScale(nn.Module):
+    """Where the scale of a binary convolution goes that no BN follows: x, or once folded x * c.
+
+    c, (C, 1, 1), is None in training; only a network of exact weights has it in its state dict.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("channel", None)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        return x if self.channel is None else x * self.channel
+
+
 @dataclass(frozen=True)
 class NetworkOptions:
     """The options of every network, and the layers that depend on them.
@@ -94,7 +109,7 @@ class NetworkOptions:
     on is step 2.  Stem, shortcuts, BN, shifts, PReLU and `fc` are always real-valued.
 
     Building a network raises UserError for an unknown `activation_ste` or `latent_init`, and for a
-    `width` that leaves no channel.
+    `width` that leaves no channel, or a number that the network's groups do not divide.
     """
 
     binary_activations: bool = True  # Sign before each convolution that may be binary
@@ -114,11 +129,19 @@ class NetworkOptions:
             return BinaryConv2d(*args, bias=False, latent_init=self.latent_init, **kwargs)
         return LatentConv2d(*args, bias=False, **kwargs)
 
-    def scaled(self, counts: Sequence[int]) -> list[int]:
-        """Channel counts times `width`: the first is rounded, the others stay its multiples."""
-        first = round(counts[0] * self.width)
+    def scaled(self, counts: Sequence[int], groups: int = 1) -> list[int]:
+        """Channel counts times `width`: the first is rounded, the others stay its multiples.
+
+        `groups` must divide the first.
+        """
+        first, smallest = round(counts[0] * self.width), groups / counts[0]
         if first < 1:
-            raise UserError(f"width {self.width} leaves no channel: give at least {1 / counts[0]}")
+            raise UserError(f"width {self.width} leaves no channel: give at least {smallest}")
+        if first % groups:
+            raise UserError(
+                f"width {self.width} leaves {first} channels, which {groups} groups do not divide:"
+                f" give a multiple of {smallest}, the smallest that works"
+            )
         return [first * count // counts[0] for count in counts]
 
 

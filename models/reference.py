@@ -7,6 +7,7 @@ Masks in floats, the detach trick, one pass per operation.  The autograd Functio
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,17 @@ def sign_polynomial(x: Tensor) -> Tensor:
     return torch.sign(x).detach() - y.detach() + y
 
 
-def sign_clip(x: Tensor) -> Tensor:
+def sign_clip(x: Tensor, bound: float = 1.0) -> Tensor:
     """Sign forward; backward through the clip."""
-    y = torch.clamp(x, -1, 1)
+    y = torch.clamp(x, -bound, bound)
     return torch.sign(x).detach() - y.detach() + y
+
+
+SIGNS = {
+    "polynomial": sign_polynomial,
+    "clip": sign_clip,
+    "clip_1.3": partial(sign_clip, bound=1.3),
+}
 
 
 def binarize_weight(w: Tensor) -> Tensor:
@@ -43,7 +51,7 @@ def binarize_weight(w: Tensor) -> Tensor:
 class ReferenceSign(Sign):
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         x = x if shift is None else x + shift.expand_as(x)
-        return sign_polynomial(x) if self.ste == "polynomial" else sign_clip(x)
+        return SIGNS[self.ste](x)
 
 
 class ReferenceRPReLU(RPReLU):

@@ -1,4 +1,4 @@
-"""Binary ResNet-18 networks: ReActNet-R18, Bi-Real-18 and StrongBaseline-R18.
+"""Binary ResNet-18 networks: ReActNet-R18, Bi-Real-18, StrongBaseline-R18, Real-to-Binary-R18.
 
 All have a real 7x7 stem and four stages of four one-convolution blocks, each with a shortcut.
 """
@@ -105,6 +105,30 @@ class StrongBaselineBlock(nn.Module):
         return self.prelu(y) + self.downsample(x)
 
 
+class RealToBinaryBlock(StrongBaselineBlock):
+    """The same with a gate, which the real-valued input of Sign opens (Martinez et al. 2020).
+
+    BN -> Sign -> binary 3x3 -> learned scale -> * G -> PReLU -> + shortcut;
+    G = sigmoid(W2 relu(W1 mean_hw(BN(x)))), one number per image and output channel.
+    """
+
+    def __init__(self, in_channels, out_channels, stride, size, options):
+        super().__init__(in_channels, out_channels, stride, size, options)
+        hidden = max(in_channels // 8, 1)
+        self.gate = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),  # (N, C, 1, 1)
+            nn.Conv2d(in_channels, hidden, 1, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(hidden, out_channels, 1, bias=False),
+            nn.Sigmoid(),  # (N, C', 1, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
+        normed = self.bn1(x)
+        y = self.scale(self.binary_conv(self.sign(normed)))  # (N, C', H/s, W/s)
+        return self.prelu(y * self.gate(normed)) + self.downsample(x)
+
+
 class BinaryResNet18(nn.Module):
     """(N, 3, H, W) images -> (N, num_classes) logits; subclasses name their block.
 
@@ -166,3 +190,9 @@ class StrongBaselineR18(BinaryResNet18):
 
     def __init__(self, num_classes: int = 1000, activation_ste: str = "clip", **options):
         super().__init__(num_classes, activation_ste=activation_ste, **options)
+
+
+class RealToBinaryR18(StrongBaselineR18):
+    """Real-to-Binary Net (Martinez et al., ICLR 2020), without its attention loss."""
+
+    block = RealToBinaryBlock

@@ -70,6 +70,11 @@ def config_with(**options: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**defaults, "learning_rate": 1e-3, "weight_decay": 0.0, **options})
 
 
+def narrow(name: str, width: float) -> float:
+    """`width`, or the smallest that the groups of the network called `name` divide."""
+    return max(width, 1 / 4) if name == "meliusnet29" else width
+
+
 def dist_env(rank: int = 0, world_size: int = 1) -> DistEnv:
     return DistEnv(rank, rank, world_size, CPU)
 

@@ -11,7 +11,7 @@ from utils.binarize import BinaryConv2d, Sign, binarize_weight, sign
 from utils.run.errors import UserError
 
 EPS = np.finfo(np.float64).eps
-POSITIVE = [0.0, EPS, 0.5, 1 - EPS, 1, 1 + EPS, 2, 1e30, np.inf]
+POSITIVE = [0.0, EPS, 0.5, 1 - EPS, 1, 1 + EPS, 1.2999, 1.3001, 2, 1e30, np.inf]
 BREAKPOINTS = np.array([*(-x for x in reversed(POSITIVE)), *POSITIVE])
 
 
@@ -25,7 +25,15 @@ def clip_gradient(x: np.ndarray) -> np.ndarray:
     return ((x > -1) & (x < 1)).astype(x.dtype)
 
 
-GRADIENTS = {"polynomial": polynomial_gradient, "clip": clip_gradient}
+def wide_clip_gradient(x: np.ndarray) -> np.ndarray:
+    return (abs(x) <= 1.3).astype(x.dtype)
+
+
+GRADIENTS = {
+    "polynomial": polynomial_gradient,
+    "clip": clip_gradient,
+    "clip_1.3": wide_clip_gradient,
+}
 
 
 @pytest.mark.parametrize("ste", GRADIENTS)
@@ -61,9 +69,9 @@ def test_sign_has_two_values_in_bfloat16(ste):
 
 
 def test_weight_binarizer_matches_numpy():
-    w = torch.tensor(BREAKPOINTS[2:-2].reshape(2, 1, 1, 7), requires_grad=True)
+    w = torch.tensor(BREAKPOINTS[2:-2].reshape(2, 1, 1, 9), requires_grad=True)
     y = binarize_weight(w)
-    upstream = torch.arange(1.0, 15.0, dtype=torch.float64).reshape(w.shape)
+    upstream = torch.arange(1.0, 19.0, dtype=torch.float64).reshape(w.shape)
     y.backward(upstream)
     at = w.detach().numpy()
     scale = np.abs(at).mean(axis=(1, 2, 3), keepdims=True)

@@ -78,7 +78,7 @@ def test_text_on_the_command_line_is_read_as_the_type_of_its_field(name, text, v
         (["--binary_weights", "2"], ["binary_weights must be true or false"]),
         (["--crop_scale", "1.5"], ["crop_scale must be at most 1"]),
         (["--label_smoothing", "1"], ["label_smoothing must be below 1"]),
-        (["--schedule", "cosine"], ["schedule must be one of released, textbook"]),
+        (["--schedule", "linear"], ["schedule must be one of released, textbook"]),
         (["--label_smoothing", "0.1"], ["label_smoothing acts on labels"]),
         (["--image_size", "288"], ["val_resize 256 is smaller than the image_size 288"]),
         (["--keep_epochs", "3"], ["keep_epochs must be a list", "3"]),

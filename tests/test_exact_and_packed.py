@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import narrow
 from torch import nn
 
 from models import MODELS, build_model
@@ -12,6 +13,7 @@ from models.checkpoints import load_network
 from models.export.fold import fold_scales, to_plain_convs
 from models.export.onnx import OnnxNetwork, write_onnx
 from models.layers import binary_convolutions
+from models.resnet import ReActBlock
 from utils.checkpoint.packed import read_packed, write_packed
 from utils.metrics import pack_signs, unpack_signs
 from utils.run.errors import UserError
@@ -20,9 +22,9 @@ from utils.run.errors import UserError
 def trained_like(name: str, seed: int = 0, **options) -> nn.Module:
     """A network with BN, scales and latent weights as various as after training, in float64."""
     torch.manual_seed(seed)
-    model = build_model(
-        name, **{"num_classes": 5, "width": 1 / 8, "small_images": True, **options}
-    ).double()
+    options = {"num_classes": 5, "width": 1 / 8, "small_images": True, **options}
+    options["width"] = narrow(name, options["width"])
+    model = build_model(name, **options).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.3)
@@ -91,6 +93,12 @@ def test_real_weights_have_nothing_to_fold_and_plain_convolutions_equal_binary_o
     torch.testing.assert_close(plain(images()), model(images()), rtol=1e-9, atol=1e-9)
 
 
+def test_a_scale_that_nothing_takes_up_is_an_error_that_names_its_layer(monkeypatch):
+    monkeypatch.setattr(ReActBlock, "scale_folds_into", ())
+    with pytest.raises(UserError, match=r"takes up the scale of layer1\.0\.binary_conv"):
+        fold_scales(trained_like("reactnet_r18"))
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 3, 3), (16, 8, 1, 1), (7, 1, 1, 1)])
 def test_signs_come_back(shape):
     signs = torch.randn(shape) > 0
@@ -104,18 +112,19 @@ def test_the_first_sign_is_the_lowest_bit():
     assert pack_signs(signs).tolist() == [0b1, 0b11]
 
 
-def pack(model: nn.Module, path, dtype=torch.float32) -> None:
+def pack(model: nn.Module, path, dtype=torch.float32, name="reactnet_a") -> None:
     binary = {f"{name}.weight" for name in binary_convolutions(model)}
-    network = {"model": "reactnet_a", "width": 1 / 8, "small_images": True}
+    network = {"model": name, "width": narrow(name, 1 / 8), "small_images": True}
     network |= {"binary_weights": True, "binary_activations": True}
     write_packed(path, model.state_dict(), binary, {"network": network}, dtype)
 
 
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_a_packed_file_gives_back_the_exact_network_bit_for_bit(tmp_path):
-    exact = fold_scales(trained_like("reactnet_a").float())
+def test_a_packed_file_gives_back_the_exact_network_bit_for_bit(name, tmp_path):
+    exact = fold_scales(trained_like(name).float())
     path = tmp_path / "packed.safetensors"
-    pack(exact, path)
+    pack(exact, path, name=name)
     state, _ = read_packed(path)
     assert all(torch.equal(state[key], value) for key, value in exact.state_dict().items())
     loaded = load_network(path)

@@ -55,9 +55,9 @@ def test_a_new_network_trains_in_both_steps_and_is_converted(
 
 def test_a_new_schedule_sets_the_rates(run_step, monkeypatch):
     code = example("A new optimizer or training strategy")
-    run_in_module(code, optim, optim.SCHEDULES, "cosine", monkeypatch)
-    result = run_step(1, schedule="cosine", epochs=2, learning_rate=0.01)
-    assert "epoch 1: learning rate 5.000e-03" in result.out, result.err
+    run_in_module(code, optim, optim.SCHEDULES, "exponential", monkeypatch)
+    result = run_step(1, schedule="exponential", epochs=2, learning_rate=0.01)
+    assert "epoch 1: learning rate 1.000e-03" in result.out, result.err
 
 
 @pytest.mark.parametrize("scale", ["quick", "small"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import narrow
 
 from models import MODELS, build_model
 from models.checkpoints import inference_content, load_network
@@ -20,7 +21,8 @@ NETWORKS = sorted(MODELS)
 
 def tiny(name: str, **options):
     torch.manual_seed(0)
-    return build_model(name, num_classes=5, width=1 / 16, latent_init="symmetric", **options)
+    width = narrow(name, 1 / 16)
+    return build_model(name, num_classes=5, width=width, latent_init="symmetric", **options)
 
 
 def released(state: dict) -> dict:
@@ -38,7 +40,7 @@ def flat(state: dict) -> dict:
 
 
 def own(name: str, state: dict) -> dict:
-    config = parse_config(STEP2, ["--model", name, "--width", str(1 / 16)])
+    config = parse_config(STEP2, ["--model", name, "--width", str(narrow(name, 1 / 16))])
     return {"state_dict": state, "epoch": 1, "config": asdict(config)}
 
 
@@ -59,7 +61,8 @@ def test_every_layout_of_every_network_gives_the_predictions_it_came_from(name, 
     write_checkpoint(path, LAYOUTS[layout](name, model.state_dict()))
     is_known = "flat" in layout or "repo" in layout
     loaded = load_network(path, **({} if is_known else {"binary_weights": True}))
-    assert (loaded.name, loaded.num_classes, loaded.options["width"]) == (name, 5, 1 / 16)
+    assert (loaded.name, loaded.num_classes) == (name, 5)
+    assert loaded.options["width"] == narrow(name, 1 / 16)
     assert loaded.checkpoint.layout == layout
     for word in (name, layout, "latent weights", "5 classes"):
         assert word in str(loaded)
@@ -67,7 +70,7 @@ def test_every_layout_of_every_network_gives_the_predictions_it_came_from(name, 
     assert torch.equal(loaded.model(images), model(images))
 
 
-@pytest.mark.parametrize("case", ["reactnet_a_step2", "reactnet_r18_step2"])
+@pytest.mark.parametrize("case", ["reactnet_a_step2", "reactnet_r18_step2", "bireal_r18_step2"])
 def test_a_file_of_the_released_layout_predicts_as_the_released_code(case, tmp_path):
     """Built from the layout file alone: keys, shapes and order are the released ones."""
     numbers, layout = golden.read(case), golden.read_layout(case)
@@ -84,6 +87,19 @@ def test_a_file_of_the_released_layout_predicts_as_the_released_code(case, tmp_p
     with torch.no_grad():
         logits = model(golden.images(numbers))
     assert abs(logits.norm().item() / numbers["eval_logits_norm"] - 1) < 1e-8
+
+
+def test_a_file_of_bcdnet_predicts_with_the_mean_of_its_two_heads(tmp_path):
+    model = tiny("bcdnet_a").eval()
+    state = {f"module.{key}": value for key, value in model.state_dict().items()}
+    state["module.fc_dist.weight"] = -model.fc.weight.detach()
+    state["module.fc_dist.bias"] = model.fc.bias.detach() + 2
+    path = tmp_path / "bcdnet.pth.tar"
+    torch.save({"model": state, "last_iter": 1, "optimizer": {}}, path)
+    loaded = load_network(path, binary_weights=True)
+    assert loaded.name == "bcdnet_a" and "two heads, averaged" in str(loaded)
+    logits = loaded.model(torch.randn(2, 3, 64, 64))
+    torch.testing.assert_close(logits, (model.fc.bias + 1).expand(2, 5))
 
 
 def test_exact_weights_are_recognized(tmp_path):

@@ -57,8 +57,10 @@ def test_latent_weights_are_those_of_the_binary_layers_in_both_steps(name, binar
     with torch.device("meta"):
         model = build_model(name, binary_weights=binary_weights)
     weights = metrics.latent_weights(model)
-    expected = (31, 28_253_184) if name == "reactnet_a" else (16, 10_985_472)
-    assert (len(weights), sum(w.numel() for w in weights.values())) == expected
+    expected = {"reactnet_a": (31, 28_253_184), "bcdnet_a": (55, 43_981_824)}
+    expected |= {"meliusnet29": (48, 10_321_920)}
+    counts = len(weights), sum(w.numel() for w in weights.values())
+    assert counts == expected.get(name, (16, 10_985_472))
 
 
 def test_saturation_is_measured_where_each_sign_looks():

@@ -32,6 +32,23 @@ def test_resnet_18_networks_have_the_published_operations(name):
         assert whole.parameters == 11_704_424
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "counts"),
+    [
+        ("real_to_binary_r18", 16, (11_991_600, 10_985_472, 138_087_936, 1_676_279_808)),
+        ("meliusnet29", 48, (11_328_328, 10_321_920, 129_491_968, 5_469_585_408)),
+        ("bcdnet_a", 55, (45_121_384, 43_981_824, 11_862_016, 4_816_896_000)),
+    ],
+)
+def test_networks_after_reactnet_have_the_parameters_and_operations_of_their_papers(
+    name, layers, counts
+):
+    per_layer = count_layers(build_model(name), 224)
+    whole = total(per_layer)
+    assert (whole.parameters, whole.binary_weights, whole.flops, whole.bops) == counts
+    assert sum(count.binary_weights > 0 for count in per_layer) == layers
+
+
 @pytest.mark.parametrize(("activations", "weights"), [(True, False), (False, True)])
 def test_an_operation_is_binary_only_when_both_operands_are(activations, weights):
     model = build_model(

@@ -92,6 +92,11 @@ def test_textbook_schedule_starts_at_the_base_rate_and_ends_above_zero():
     assert rates(4, learning_rate=1.0, schedule="textbook") == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_cosine_schedule_starts_at_the_base_rate_and_halves_it_in_the_middle():
+    cosine = rates(4, learning_rate=1.0, schedule="cosine")
+    assert cosine == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+
+
 def test_soft_target_loss_has_the_gradient_of_kl_and_ends_at_the_teachers_entropy():
     torch.manual_seed(0)
     student = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)

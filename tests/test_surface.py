@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import narrow
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
@@ -16,7 +17,8 @@ from utils.engine import evaluate
 
 def tiny(name: str = "reactnet_r18", **options) -> nn.Module:
     torch.manual_seed(0)
-    return build_model(name, num_classes=3, width=1 / 16, small_images=True, **options)
+    width = narrow(name, 1 / 16)
+    return build_model(name, num_classes=3, width=width, small_images=True, **options)
 
 
 def direction_of(model: nn.Module, seed: int = 0):

@@ -49,13 +49,22 @@ def clip_derivative(a: Tensor) -> Tensor:
     return _ones_where(torch.lt, a.abs(), 1)
 
 
+def wide_clip_derivative(a: Tensor) -> Tensor:
+    """1 on -1.3 <= a <= 1.3,  0 elsewhere.  MeliusNet's."""
+    return _ones_where(torch.le, a.abs(), 1.3)
+
+
 def polynomial_derivative(a: Tensor) -> Tensor:
     """2 + 2a on [-1, 0),  2 - 2a on [0, 1),  0 elsewhere.  The released code's (Bi-Real Net)."""
     return a.abs().mul_(-2).add_(2).clamp_(min=0)
 
 
 # Gradient of Sign by name: a function of its input that returns a new tensor.
-ACTIVATION_STES = {"polynomial": polynomial_derivative, "clip": clip_derivative}
+ACTIVATION_STES = {
+    "polynomial": polynomial_derivative,
+    "clip": clip_derivative,
+    "clip_1.3": wide_clip_derivative,
+}
 
 
 class ScaledSignClipSTE(torch.autograd.Function):

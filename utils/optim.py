@@ -1,5 +1,6 @@
 """Adam as released: which parameters decay, and the learning rate of each epoch."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -78,10 +79,16 @@ def textbook_schedule(epoch: int, epochs: int) -> float:
     return 1 - epoch / epochs
 
 
+def cosine_schedule(epoch: int, epochs: int) -> float:
+    """(1 + cos(pi epoch / epochs)) / 2."""
+    return (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+
 # Rate of a whole epoch, counted from 0, as a share of the base rate.
 SCHEDULES: dict[str, Callable[[int, int], float]] = {
     "released": released_schedule,
     "textbook": textbook_schedule,
+    "cosine": cosine_schedule,
 }
 
 

@@ -5,8 +5,8 @@ For deployment the kernel is Sign(w), and alpha moves into what follows:
 
     BN(alpha x) with (mean, var, eps)  =  BN(x) with mean / alpha, (var + eps) / alpha^2 - eps
 
-or, for the network without BN after its convolutions, into its learned scale.  Exact in real
-numbers; in floating point a rounding may still flip a Sign whose input is a near-tie.
+or, where no BN follows one convolution alone, into a learned scale or a `ChannelScale`.  Exact in
+real numbers; in floating point a rounding may still flip a Sign whose input is a near-tie.
 """
 
 import copy
@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from models.layers import binary_convolutions
+from models.layers import ChannelScale, binary_convolutions
 from models.resnet import LearnedScale
 from utils.binarize import BinaryConv2d, binarize_weight, channel_scale
 from utils.run.errors import UserError
@@ -28,23 +28,32 @@ def fold_scales(model: nn.Module) -> nn.Module:
     follows is made constant instead.
 
     Raises:
-        UserError: the network has no binary weights.
+        UserError: the network has no binary weights, or one whose scale nothing takes up.
     """
-    if not binary_convolutions(model):
-        raise UserError(f"this {type(model).__name__} has real weights: there is nothing to fold")
     model = copy.deepcopy(model).eval()
+    unfolded = {conv: name for name, conv in binary_convolutions(model).items()}
+    if not unfolded:
+        raise UserError(f"this {type(model).__name__} has real weights: there is nothing to fold")
     for block in model.modules():
         for conv_name, target_name in getattr(block, "scale_folds_into", ()):
             conv = getattr(block, conv_name, None)
             if isinstance(conv, BinaryConv2d):
-                alpha = channel_scale(conv.weight.double()).flatten()  # (O,)
-                _fold_into(getattr(block, target_name), alpha)
+                _fold_into(getattr(block, target_name), conv.weight)
                 conv.weight.copy_(torch.where(conv.weight < 0, -1.0, 1.0))
+                del unfolded[conv]
+    for name in unfolded.values():
+        raise UserError(
+            f"no layer takes up the scale of {name}: name the one behind it in `scale_folds_into`"
+            " of its block"
+        )
     return model
 
 
-def _fold_into(layer: nn.BatchNorm2d | LearnedScale, alpha: Tensor) -> None:
-    if isinstance(layer, LearnedScale):
+def _fold_into(layer: nn.BatchNorm2d | LearnedScale | ChannelScale, weight: Tensor) -> None:
+    alpha = channel_scale(weight.double()).flatten()  # (O,)
+    if isinstance(layer, ChannelScale) and layer.channel is None:
+        layer.channel = torch.ones_like(weight[:, 0, :1, :1])  # (O, 1, 1)
+    if isinstance(layer, LearnedScale | ChannelScale):
         layer.channel.copy_(layer.channel.double() * alpha[:, None, None])
         return
     mean, var = layer.running_mean.double(), layer.running_var.double()

@@ -47,6 +47,9 @@ PUBLISHED = {  # top-1 on ImageNet
     "reactnet_r18": 65.5,
     "bireal_r18": 56.4,
     "strong_baseline_r18": 63.2,
+    "real_to_binary_r18": 65.4,
+    "meliusnet29": 65.8,
+    "bcdnet_a": 72.3,
 }
 INT8 = {"resnet18": 69.494, "mobilenet_v2": 71.658}  # torchvision's, of its int8 weights
 COMPUTING = ("Convolution", "BinaryConvolution", "FullyConnected", "MatMul")

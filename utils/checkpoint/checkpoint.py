@@ -60,7 +60,7 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     """Read a checkpoint onto the CPU; nothing in the file is executed.
 
     Besides this repo's layout: the released one, whose keys DataParallel prefixed with `module.`
-    (taken off here), a bare state dict, and a packed file.
+    (taken off here), BCDNet's, a bare state dict, and a packed file.
 
     Raises:
         UserError: no such file, not what was written, not a checkpoint, or more than data.
@@ -70,6 +70,8 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         state, content = read_packed(path)
         return Checkpoint(path, "packed", state, content)
     content = _read_data(path)
+    if isinstance(content, dict) and isinstance(content.get("model"), dict):  # BCDNet's name for it
+        content = {**content, "state_dict": content["model"]}
     if isinstance(content, dict) and "state_dict" not in content:
         content = {"state_dict": content}
     state = content["state_dict"] if isinstance(content, dict) else None
@@ -83,6 +85,10 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
         if any(key.endswith(".weights") for key in state):
             layout += " with flat kernels"
     state = {key.removeprefix("module."): value for key, value in state.items()}
+    if "fc_dist.weight" in state:
+        layout += " with two heads, averaged"  # as BCDNet predicts
+        for name in ("weight", "bias"):
+            state[f"fc.{name}"] = (state[f"fc.{name}"] + state.pop(f"fc_dist.{name}")) / 2
     return Checkpoint(path, layout, state, content)
 
 
