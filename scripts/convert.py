@@ -40,6 +40,8 @@ ENGINES = {
     "onnx": (onnx.write_onnx, onnx.OnnxNetwork),
     "openvino": (openvino.write_openvino, openvino.OpenVinoNetwork),
 }
+FOLDING_TOLERANCE = 1e-6  # of the largest logit, in float64
+WRITTEN_TOLERANCE = 1e-2  # of the logits' standard deviation, for the median image
 
 
 def parse() -> argparse.Namespace:
@@ -83,7 +85,7 @@ def main() -> None:
         check_folding(loaded.model, images)
         write_folded(loaded, arguments.to, output, getattr(torch, arguments.dtype))
         written = load_network(output).model
-    check_written(loaded.model, written, images, files)
+    check_written(loaded.model, written, images, files, arguments.dtype == "float16")
     size = sum(file.stat().st_size for file in files)
     names = " and ".join(map(str, files))
     print(f"wrote {names}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
@@ -103,18 +105,32 @@ def write_folded(loaded: LoadedNetwork, form: str, output: Path, dtype: torch.dt
 def check_folding(model: nn.Module, images: Tensor) -> None:
     """Print how far folding moves a logit in float64, where no rounding flips a Sign."""
     model, images = copy.deepcopy(model).double(), images.double()
-    difference = (fold_scales(model)(images) - model(images)).abs().max()
+    expected = model(images)
+    difference = (fold_scales(model)(images) - expected).abs().max()
     print(f"float64: logits of {len(images)} random images within {difference:.1e}")
+    if not difference <= FOLDING_TOLERANCE * expected.abs().max():
+        raise UserError(
+            "exact weights would predict differently, so nothing was written: check which layers"
+            f" `scale_folds_into` of this {type(model).__name__} names"
+        )
 
 
 @torch.no_grad()
-def check_written(model: nn.Module, written: nn.Module, images: Tensor, files: list[Path]) -> None:
-    """Print whether the written network predicts as the one it came from; remove it if not."""
+def check_written(
+    model: nn.Module, written: nn.Module, images: Tensor, files: list[Path], rounded: bool
+) -> None:
+    """Print whether the written network predicts as the one it came from; remove it if not.
+
+    Of a network whose parameters were `rounded`, only the predicted classes are compared.
+    """
     expected, logits = model(images), written(images)
     equal = int((expected.argmax(1) == logits.argmax(1)).sum())
-    difference = (expected - logits).abs().max()
-    print(f"as written: {equal} of {len(images)} predictions equal, logits within {difference:.1e}")
-    if equal < len(images) / 2:
+    difference = (expected - logits).abs().amax(1)  # (N,)
+    largest, typical = difference.max(), difference.median()
+    print(f"as written: {equal} of {len(images)} predictions equal, logits within {largest:.1e}")
+    # In float32 a near-tie of Sign moves all logits of its image, but most images have none.
+    same_logits = rounded or typical <= WRITTEN_TOLERANCE * expected.std()
+    if equal < len(images) / 2 or not same_logits:
         for file in files:
             file.unlink()
         raise UserError(f"{files[0]} predicts differently and was removed: the engine is faulty")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import CLASSES, VAL, launch, write_images
 
+from scripts import convert
 from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint, write_released
 
 COUNT = len(CLASSES) * VAL
@@ -278,6 +279,31 @@ def test_conversion_refuses_what_would_lose_something(trained, run_script, run_s
     real = ("convert", tmp_path / "step1" / NEWEST, "--to", "exact", "--output", tmp_path / "r")
     run_script(*real).assert_one_sentence("real weights")
     assert not (tmp_path / "r").exists()
+
+
+def test_a_conversion_that_predicts_otherwise_is_refused_and_leaves_no_file(
+    trained, run_script, tmp_path, monkeypatch
+):
+    output = tmp_path / "output.pth.tar"
+    arguments = ("convert", trained, "--to", "exact", "--output", output)
+    fold, write = convert.fold_scales, convert.write_checkpoint
+
+    def scaled(model):
+        model = fold(model)
+        model.fc.weight.data *= 1.1  # which leaves most predictions as they are
+        return model
+
+    monkeypatch.setattr(convert, "fold_scales", scaled)
+    run_script(*arguments).assert_one_sentence("exact weights would predict differently")
+    monkeypatch.setattr(convert, "fold_scales", fold)
+
+    def write_scaled(path, content):
+        content["state_dict"]["fc.weight"] *= 1.1
+        write(path, content)
+
+    monkeypatch.setattr(convert, "write_checkpoint", write_scaled)
+    run_script(*arguments).assert_one_sentence("predicts differently and was removed")
+    assert not output.exists()
 
 
 def test_counts_are_printed_as_text_csv_and_json(run_script):
