@@ -1,6 +1,7 @@
 """Exact +-1 weights, packing and ONNX: equal in float64, layer by layer in float32, and small."""
 
 import json
+import random
 import sys
 
 import pytest
@@ -150,6 +151,29 @@ def test_float16_keeps_kernels_exact_and_rounds_the_rest(tmp_path):
         assert state[key].dtype == value.dtype
         torch.testing.assert_close(state[key], value, rtol=2**-10, atol=1e-4)
     assert (state["feature.3.binary_3x3.weight"].abs() == 1).all()
+
+
+def test_a_flipped_bit_of_a_packed_file_is_refused_or_changes_nothing(tmp_path):
+    path = tmp_path / "packed.safetensors"
+    pack(fold_scales(trained_like("reactnet_a", width=1 / 32).float()), path)
+    whole, (state, content) = path.read_bytes(), read_packed(path)
+    chance = random.Random(0)
+    header = int.from_bytes(whole[:8], "little")
+    places = [*range(8 + 64), *(chance.randrange(8 + header) for _ in range(150))]
+    places += [chance.randrange(8 + header, len(whole)) for _ in range(150)]
+    refused = 0
+    for place in places:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            read, said = read_packed(path)
+        except UserError:
+            refused += 1
+            continue
+        assert said == content and list(read) == list(state)
+        assert all(torch.equal(read[key], value) for key, value in state.items())
+    assert refused > 0.95 * len(places)
 
 
 def test_damaged_and_foreign_packed_files_are_one_sentence(tmp_path):

@@ -2,9 +2,10 @@
 
 A binary kernel (O, I, kH, kW) of exactly -1 and +1 is stored under its own key as its bits, +1 as
 1, in C order, the first weight in the lowest bit of the first byte.  The header holds the kernels'
-shapes and what is needed to build the network again.
+shapes, what is needed to build the network again, and the SHA-256 of all this and of the tensors.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from utils.metrics import pack_signs, unpack_signs
 from utils.run.errors import UserError
 
 SUFFIX = ".safetensors"
-FORMAT = "adambnn packed 1"
+FORMAT = "adambnn packed 2"
+WITHOUT_DIGEST = "adambnn packed 1"
 
 
 def write_packed(
@@ -48,6 +50,7 @@ def write_packed(
         "binary": json.dumps(shapes),
         "content": json.dumps(content),
     }
+    header["sha256"] = _digest(header, tensors)
     atomic_write(path, lambda file: file.write(safetensors.torch.save(tensors, header)))
 
 
@@ -61,8 +64,10 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if header.get("format") != FORMAT:
+        if header.get("format") not in (FORMAT, WITHOUT_DIGEST):
             raise UserError(f"{path} is a safetensors file, but not one packed by this repo")
+        if header["format"] == FORMAT and header.pop("sha256") != _digest(header, tensors):
+            raise ValueError("its SHA-256 is another")
         shapes = json.loads(header["binary"])
         content = json.loads(header["content"])
         state = {}
@@ -79,3 +84,13 @@ def read_packed(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is not a packed file, or a damaged one ({type(error).__name__}):"
             " fetch or write it again"
         ) from error
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the header's texts and of each tensor's name, type, shape and bytes."""
+    parts = [[name, header[name]] for name in sorted(header)]
+    parts += [[key, str(tensors[key].dtype), list(tensors[key].shape)] for key in sorted(tensors)]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for key in sorted(tensors):
+        digest.update(tensors[key].numpy())
+    return digest.hexdigest()
