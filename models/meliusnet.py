@@ -10,7 +10,7 @@ takes out the scale of its inputs; only the ratio of an improvement to what it i
 import torch
 from torch import Tensor, nn
 
-from models.layers import ChannelScale, NetworkOptions
+from models.layers import ChannelScale, GlobalAvgPool, NetworkOptions
 
 CHANNELS = (32, 64, 128, 192, 256)  # inside the stem, then into each stage; width 1
 PAIRS = (4, 6, 8, 6)  # of blocks in each stage; each pair appends as many channels as the stem has
@@ -88,7 +88,7 @@ class MeliusNet29(nn.Module):
                 channels = after
         self.bn = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU()
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool = GlobalAvgPool()
         self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, 3, H, W)

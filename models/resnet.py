@@ -116,7 +116,7 @@ class RealToBinaryBlock(StrongBaselineBlock):
         super().__init__(in_channels, out_channels, stride, size, options)
         hidden = max(in_channels // 8, 1)
         self.gate = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),  # (N, C, 1, 1)
+            GlobalAvgPool(),  # (N, C, 1, 1)
             nn.Conv2d(in_channels, hidden, 1, bias=False),
             nn.ReLU(),
             nn.Conv2d(hidden, out_channels, 1, bias=False),

@@ -21,8 +21,8 @@ from models.export.openvino_selftest import (
     binary_kernels,
     compare_with_integers,
 )
-from models.layers import binary_convolutions
-from utils.binarize import Sign, add_shift
+from models.layers import GlobalAvgPool, binary_convolutions
+from utils.binarize import BinaryConv2d, Sign, add_shift
 from utils.run.errors import UserError
 
 pytest.importorskip("openvino")
@@ -153,6 +153,74 @@ def test_a_written_network_predicts_as_the_network_for_any_number_of_images(tmp_
     for count in (1, 3, 4):
         difference = (network(images[:count]) - expected[:count]).abs().amax(1)
         assert (difference < 5e-5)[nearest[:count] > TIE].all()
+
+
+class GatedBlock(nn.Module):
+    scale_folds_into = (("binary_conv", "bn"),)
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        self.sign = Sign()
+        self.binary_conv = BinaryConv2d(channels, width, 3, padding=1, latent_init="symmetric")
+        self.bn = nn.BatchNorm2d(width)
+        self.gate = nn.Sequential(GlobalAvgPool(), nn.Conv2d(width, width, 1), nn.Sigmoid())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn(self.binary_conv(self.sign(x)))
+        return torch.cat([x, y * self.gate(y)], dim=1)
+
+
+class NewNetwork(nn.Module):
+    """Of this repo's layers, in an order that the exporter has never seen."""
+
+    def __init__(self, nonlinearity: type[nn.Module] = nn.PReLU):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 5, 3, 2), nn.MaxPool2d(2), nn.BatchNorm2d(5))
+        self.blocks = nn.Sequential(GatedBlock(5, 3), nonlinearity(), GatedBlock(8, 7))
+        self.pool, self.fc = GlobalAvgPool(), nn.Linear(15, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.pool(self.blocks(self.stem(x))).flatten(1))
+
+
+def test_a_network_of_known_layers_exports_without_a_line_of_its_own():
+    torch.manual_seed(0)
+    model = NewNetwork().double().eval()
+    batch = torch.randn(5, 3, 33, 33)
+    expected, exact_sums, nearest = in_float64(model, batch)
+    logits, sums = compiled_with_sums(model, batch)
+    away = (nearest > TIE).numpy()
+    assert away.any() and len(sums) == 2
+    assert (
+        sums["blocks.0.binary_conv"][away] == 2 * exact_sums["blocks.0.binary_conv"][away].numpy()
+    ).all()
+    assert abs(logits - expected.numpy())[away].max() < 5e-5
+
+
+def test_what_has_no_exact_form_is_named():
+    class Shifted(NewNetwork):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 1
+
+    class Branching(NewNetwork):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x if x.sum() > 0 else -x)
+
+    class SignsIntoRealWeights(NewNetwork):
+        def __init__(self):
+            super().__init__()
+            self.stem.append(Sign())
+            self.stem.append(nn.Conv2d(5, 5, 1))
+
+    cases = {
+        "blocks.1 has no exact form": NewNetwork(nn.Softplus),
+        "add has no exact form": Shifted(),
+        "torch.fx cannot trace this Branching": Branching(),
+        "layer stem.4: binary convolutions, and they alone": SignsIntoRealWeights(),
+    }
+    for words, model in cases.items():
+        with pytest.raises(UserError, match=words):
+            build_graph(openvino, model.eval(), 33, 1)
 
 
 def test_reactnet_a_is_written_below_8_2_megabytes(tmp_path):

@@ -6,7 +6,7 @@ products of -1 and +1, an integer that float32 holds exactly.  Whatever maps eac
 between that sum and the next Sign (scale, BN, shifts) is one multiplication and one addition,
 worked out here in float64; the engine fuses both, the shortcut and PReLU into the convolution.
 
-Layers and operations are those that torch.fx traces: any network of the ones in `Graph` exports.
+torch.fx traces the network: any one made of `LAYERS` and `FUNCTIONS` can be written.
 """
 
 import copy
@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from models.bcdnet import CyclicShift
 from models.export.exported import INPUT, OUTPUT
 from models.export.fold import fold_scales
-from models.layers import AvgPool2x2, GlobalAvgPool
+from models.layers import AvgPool2x2, ChannelScale, GlobalAvgPool
 from models.resnet import LearnedScale
 from utils.binarize import BinaryConv2d, RPReLU, Sign
 from utils.run.errors import UserError
@@ -64,7 +65,7 @@ class LayerTracer(fx.Tracer):
     """Looks into blocks, and not into the layers that they are made of."""
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
+        return type(module) in LAYERS or super().is_leaf_module(module, name)
 
 
 def thresholds(scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -128,49 +129,25 @@ class Graph(fx.Interpreter):
         self.extra_traceback = False  # which would be put into messages
         self.engine, self.op = engine, engine.opset13
         self.names = {module: name for name, module in traced.named_modules()}
-        self.layers = {
-            nn.Identity: lambda _, x: x,
-            nn.Conv2d: self.convolution,
-            nn.BatchNorm2d: self.batch_norm,
-            nn.Linear: self.linear,
-            nn.ReLU: self.elementwise,
-            nn.Sigmoid: self.elementwise,
-            nn.MaxPool2d: self.max_pool,
-            nn.AvgPool2d: self.average_pool,
-            AvgPool2x2: self.average_pool,
-            GlobalAvgPool: self.global_average_pool,
-            LearnedScale: self.learned_scale,
-            nn.PReLU: self.prelu,
-            RPReLU: self.prelu,
-            Sign: self.sign,
-            BinaryConv2d: self.binary_convolution,
-        }
-        self.functions = {
-            operator.add: self.add,
-            torch.add: self.add,
-            operator.mul: self.multiply,
-            torch.mul: self.multiply,
-            torch.cat: self.concatenate,
-            torch.flatten: self.flatten,
-            "flatten": self.flatten,
-        }
+
+    def run_node(self, node: fx.Node) -> Any:
+        try:
+            return super().run_node(node)
+        except (KeyError, AttributeError, TypeError) as error:
+            what = getattr(node.target, "__name__", node.target)
+            raise UserError(f"{what} has no exact form in OpenVINO: use other layers") from error
 
     def call_module(self, target: str, args: tuple, kwargs: dict) -> Any:
         layer = self.fetch_attr(target)
-        if type(layer) not in self.layers:
-            raise UserError(f"layer {target}, a {type(layer).__name__}, has no form in OpenVINO")
         takes_signs = any(isinstance(x, Signs) for x in args)
         if takes_signs != isinstance(layer, BinaryConv2d):
             raise UserError(
                 f"layer {target}: binary convolutions, and they alone, take what a Sign gives"
             )
-        return self.layers[type(layer)](layer, *args, **kwargs)
+        return LAYERS[type(layer)](self, layer, *args, **kwargs)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if target not in self.functions:
-            name = getattr(target, "__name__", target)
-            raise UserError(f"operation {name} has no form in OpenVINO: use one of nn's layers")
-        return self.functions[target](*args, **kwargs)
+        return FUNCTIONS[target](self, *args, **kwargs)
 
     call_method = call_function
 
@@ -223,6 +200,9 @@ class Graph(fx.Interpreter):
         x = self.apply_affine(x)
         return replace(x, source=self.op.reshape(x.node, self.op.constant([0, -1]), True))
 
+    def identity(self, layer: nn.Identity, x: AffineNode) -> AffineNode:
+        return x
+
     def batch_norm(self, layer: nn.BatchNorm2d, x: AffineNode) -> AffineNode:
         mean, var, weight, bias = (
             getattr(layer, name).numpy()
@@ -237,6 +217,18 @@ class Graph(fx.Interpreter):
             x = self.apply_affine(x)
             x = replace(x, source=self.op.multiply(x.node, self.constant(positions)))
         return x.affine(layer.channel.numpy().ravel(), 0.0)
+
+    def channel_scale(self, layer: ChannelScale, x: AffineNode) -> AffineNode:
+        return x.affine(layer.channel.numpy().ravel(), 0.0)
+
+    def cyclic_shift(self, layer: CyclicShift, x: AffineNode) -> AffineNode:
+        moves = ((1, 2), (-1, 2), (1, 3), (-1, 3))  # of each quarter, along an axis
+        quarters = self.op.split(x.node, self.op.constant(1), len(moves)).outputs()
+        moved = [
+            self.op.roll(quarter, self.op.constant([sign * layer.pixels]), self.op.constant([axis]))
+            for quarter, (sign, axis) in zip(quarters, moves, strict=True)
+        ]
+        return replace(x, source=self.op.concat(moved, 1))
 
     def sign(self, layer: Sign, x: AffineNode, shift: Tensor | None = None) -> Signs:
         return Signs(x.affine(1.0, 0.0 if shift is None else shift.numpy().ravel()))
@@ -266,7 +258,8 @@ class Graph(fx.Interpreter):
     def max_pool(self, layer: nn.MaxPool2d, x: AffineNode) -> AffineNode:
         x = self.apply_scale(x)
         size, stride, padding = _windows(layer)
-        node = self.op.max_pool(x.node, stride, [1, 1], padding, padding, size).output(0)
+        rounding = "ceil" if layer.ceil_mode else "floor"
+        node = self.op.max_pool(x.node, stride, [1, 1], padding, padding, size, rounding).output(0)
         return replace(x, source=node)  # (N, C, H/s, W/s)
 
     def global_average_pool(self, layer: GlobalAvgPool, x: AffineNode) -> AffineNode:
@@ -336,14 +329,34 @@ class Graph(fx.Interpreter):
         return node
 
 
-LAYERS = (
-    AvgPool2x2,
-    GlobalAvgPool,
-    LearnedScale,
-    RPReLU,
-    Sign,
-    BinaryConv2d,
-)  # beside those of torch.nn
+LAYERS = {
+    nn.Identity: Graph.identity,
+    nn.Conv2d: Graph.convolution,
+    nn.BatchNorm2d: Graph.batch_norm,
+    nn.Linear: Graph.linear,
+    nn.ReLU: Graph.elementwise,
+    nn.Sigmoid: Graph.elementwise,
+    nn.MaxPool2d: Graph.max_pool,
+    nn.AvgPool2d: Graph.average_pool,
+    AvgPool2x2: Graph.average_pool,
+    GlobalAvgPool: Graph.global_average_pool,
+    CyclicShift: Graph.cyclic_shift,
+    ChannelScale: Graph.channel_scale,
+    LearnedScale: Graph.learned_scale,
+    nn.PReLU: Graph.prelu,
+    RPReLU: Graph.prelu,
+    Sign: Graph.sign,
+    BinaryConv2d: Graph.binary_convolution,
+}
+FUNCTIONS = {
+    operator.add: Graph.add,
+    torch.add: Graph.add,
+    operator.mul: Graph.multiply,
+    torch.mul: Graph.multiply,
+    torch.cat: Graph.concatenate,
+    torch.flatten: Graph.flatten,
+    "flatten": Graph.flatten,
+}
 
 
 def plain(node: Any, channels: int) -> AffineNode:
