@@ -163,6 +163,7 @@ class GatedBlock(nn.Module):
         self.sign = Sign()
         self.binary_conv = BinaryConv2d(channels, width, 3, padding=1, latent_init="symmetric")
         self.bn = nn.BatchNorm2d(width)
+        nn.init.normal_(self.bn.bias)  # a sum of 0 gives no 0 for the next Sign
         self.gate = nn.Sequential(GlobalAvgPool(), nn.Conv2d(width, width, 1), nn.Sigmoid())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
