@@ -37,6 +37,7 @@ from utils.data.image_folder import class_names_of_network
 from utils.data.loader import PrefetchLoader, val_loader
 from utils.run.command_line import Parser, add_network_options, command
 from utils.run.config import Config, parse_config
+from utils.run.device import DEVICES
 from utils.run.distributed import DistEnv, all_reduce_sum, init_distributed
 from utils.run.errors import UserError
 
@@ -55,6 +56,7 @@ def parse() -> argparse.Namespace:
         "--classes", type=Path, metavar="DIR", help="one folder for each class of the network"
     )
     add_network_options(parser)
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="as in training")
     parser.add_argument("--precision", choices=("float32", "float64"), default="float32")
     parser.add_argument("--against", type=Path, help="another form, compared image by image")
     parser.add_argument("--expect", type=float, help="fail unless top-1's interval contains this")
@@ -69,7 +71,7 @@ def main() -> None:
     arguments = parse()
     if arguments.save_released:
         check_output(arguments.save_released, arguments.force)
-    with init_distributed() as dist:
+    with init_distributed(arguments.device) as dist:
         network = open_on_device(arguments.file, arguments, dist)
         if isinstance(network, ExportedNetwork) and arguments.precision == "float64":
             raise UserError(f"{network} computes in float32: leave --precision out")

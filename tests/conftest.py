@@ -25,6 +25,9 @@ CPU = torch.device("cpu")
 # On networks this small threads, also those of the programs that tests start, only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Where torch can use no GPU, none is expected, whatever driver the machine has.
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 CLASSES = ("bars", "disc", "star")
 TRAIN, VAL = 8, 5  # images of each class
 ITERATIONS = 3  # of an epoch of the smallest run

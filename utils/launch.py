@@ -1,6 +1,7 @@
 """Start a training program on this machine: `python utils/launch.py step1/train.py [options]`.
 
-One process per visible GPU through torchrun; one plain process on a CPU or a single GPU.
+One process per visible GPU through torchrun; one plain process on a single GPU, or on a CPU, also
+with --device cpu.
 NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT override, torchrun's own PET_*
 variables stand above them, and under SLURM the nodes of the job are used.
 
@@ -58,7 +59,8 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str:
 
 def main() -> None:
     script_and_options = sys.argv[1:]
-    settings = torchrun_settings(os.environ, torch.cuda.device_count())
+    on_cpu = "--device cpu" in " ".join(script_and_options)
+    settings = torchrun_settings(os.environ, 0 if on_cpu else torch.cuda.device_count())
     if settings["PET_NPROC_PER_NODE"] == "1" and "PET_NNODES" not in settings:
         os.execv(sys.executable, [sys.executable, *script_and_options])
     restarts = settings.pop("PET_MAX_RESTARTS", RESTARTS)

@@ -60,9 +60,9 @@ def run_session(config: Config) -> Iterator[DistEnv]:
     """Join the other processes, lock the run's folder, and explain what the machine cannot hold.
 
     Raises:
-        UserError: another run has the folder `save`, or it cannot be written.
+        UserError: another run has the folder `save`, it cannot be written, or no GPU is usable.
     """
-    with init_distributed() as dist, contextlib.ExitStack() as stack:
+    with init_distributed(config.device) as dist, contextlib.ExitStack() as stack:
         folder = Path(config.save)
         broadcast_from_rank0(dist, lambda: stack.enter_context(lock_directory(folder)))
         with explain_limits(config, dist.world_size):

@@ -1,10 +1,13 @@
 """Loaders: which images make a batch, and their way to the device."""
 
 import os
+import resource
+import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,9 +23,12 @@ from utils.data.dataset import (
 from utils.data.transforms import normalize_batch
 from utils.run.config import Config
 from utils.run.distributed import DistEnv
-from utils.run.errors import UserError
+from utils.run.errors import UserError, worker_lost
 
 Key = tuple[int, int]  # epoch and image index, of a SeededDataset
+SHARED_MEMORY = Path("/dev/shm")  # where workers leave their batches, on Linux
+PREFETCH = 2  # batches that each worker has ready
+FILE_HANDLES = 10240  # the most that macOS grants, and enough for hundreds of workers
 
 
 def build_loaders(config: Config, dist: DistEnv) -> tuple["PrefetchLoader", "PrefetchLoader"]:
@@ -42,7 +48,7 @@ def train_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefe
 
     Raises:
         UserError: the global batch cannot be divided over the processes, or there are fewer images
-            than processes.
+            than processes, or too little shared memory.
     """
     if config.batch_size % dist.world_size:
         raise UserError(
@@ -57,13 +63,57 @@ def train_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefe
             f"{len(images)} training images are fewer than the {dist.world_size} processes that"
             " share them: start fewer processes"
         )
-    return PrefetchLoader(images, sampler, config.workers, dist.device)
+    workers = loading_workers(config, config.batch_size // dist.world_size)
+    return PrefetchLoader(images, sampler, workers, dist.device)
 
 
 def val_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "PrefetchLoader":
-    """This process's validation batches, each of `config.batch_size` images but the last."""
+    """This process's validation batches, each of `config.batch_size` images but the last.
+
+    Raises:
+        UserError: too little shared memory.
+    """
     batches = val_batches(len(images), config.batch_size, dist.rank, dist.world_size)
-    return PrefetchLoader(images, batches, config.workers, dist.device)
+    workers = loading_workers(config, config.batch_size)
+    return PrefetchLoader(images, batches, workers, dist.device)
+
+
+def loading_workers(config: Config, batch_size: int) -> int:
+    """How many workers load batches of `batch_size` images for this process.
+
+    Raises:
+        UserError: too little shared memory or too few file handles for them.
+    """
+    # More workers than cores only wait for each other, and no result depends on their number.
+    workers = min(config.workers, usable_cores())
+    if workers:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        batches = processes * (workers * PREFETCH + 1)
+        _check_shared_memory(workers, batches * batch_size * 3 * config.image_size**2)
+        _allow_file_handles(workers)
+    return workers
+
+
+def _check_shared_memory(workers: int, needed: int) -> None:
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else needed
+    if free < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, and the batches of {workers} loading"
+            f" workers a process need {needed / 1e6:.0f} MB: give the container more (docker run"
+            " --shm-size=8g), or pass a smaller --workers or --batch_size; --workers 0 needs none"
+        )
+
+
+def _allow_file_handles(workers: int) -> None:
+    needed = 64 + 12 * workers  # measured: up to 11 a worker, in training and validation together
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(soft, min(hard, FILE_HANDLES))
+    if limit < needed:
+        raise UserError(
+            f"{limit} open files are allowed (ulimit -n), and {workers} loading workers may need"
+            f" {needed}: allow more, or pass a smaller --workers"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 @dataclass
@@ -123,14 +173,13 @@ class PrefetchLoader:
     device: torch.device
 
     def __post_init__(self):
-        # More workers than cores only wait for each other, and no result depends on their number.
-        workers = min(self.workers, usable_cores())
         self.loader = DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
-            num_workers=workers,
+            num_workers=self.workers,
+            prefetch_factor=PREFETCH if self.workers else None,
             pin_memory=self.device.type == "cuda",
-            persistent_workers=workers > 0,
+            persistent_workers=self.workers > 0,
             worker_init_fn=worker_init,
             # Its own generator: the loader draws a seed for its workers, which nothing here uses.
             generator=torch.Generator(),
@@ -148,13 +197,13 @@ class PrefetchLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.device.type != "cuda":
-            for pixels, shifts, labels in self.loader:
+            for pixels, shifts, labels in self._batches():
                 yield normalize_batch(pixels, shifts), labels
             return
         copying = torch.cuda.Stream(self.device)
         computing = torch.cuda.current_stream(self.device)
         ready = None
-        for batch in self.loader:
+        for batch in self._batches():
             with torch.cuda.stream(copying):
                 pixels, shifts, labels = (part.to(self.device, non_blocking=True) for part in batch)
                 coming = normalize_batch(pixels, shifts), labels
@@ -166,6 +215,13 @@ class PrefetchLoader:
             ready = coming
         if ready is not None:
             yield ready
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        """(n, S, S, 3) bytes, (n, 3) channel shifts and (n,) labels."""
+        try:
+            yield from self.loader
+        except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
+            raise worker_lost(error) from error
 
 
 def worker_init(worker: int) -> None:

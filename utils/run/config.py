@@ -24,6 +24,7 @@ from utils.data.transforms import LIGHTING, RESIZE
 from utils.optim import DECAY_GROUPS, SCHEDULES
 from utils.precision import PRECISIONS
 from utils.run.command_line import Parser
+from utils.run.device import DEVICES
 from utils.run.errors import UserError
 
 BUILTIN_DATA = ("shapes", "cifar10")
@@ -115,6 +116,7 @@ class Config:
     channels_last: bool = _option("memory layout of convolutions", False)
 
     # Run
+    device: str = _option("auto is the GPU if there is one", "auto", choices=DEVICES, place=True)
     save: str = _option("folder for checkpoints, logs and configuration", path=True, place=True)
     keep_epochs: list | None = _option("keep these epochs' checkpoints: [0, 9]", None, place=True)  # noqa: RUF009
     checkpoint_minutes: float = _option(

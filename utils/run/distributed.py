@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.run.errors import PeerLost, UserError
+from utils.run.device import choose_device
+from utils.run.errors import PeerLost, UserError, worker_lost
 
 T = TypeVar("T")
 
@@ -31,26 +32,19 @@ class DistEnv:
 
 
 @contextmanager
-def init_distributed() -> Iterator[DistEnv]:
+def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
     """Join the processes that torchrun started (or stand alone), and leave them at the end.
 
     Raises:
-        UserError: more processes than GPUs.
-        PeerLost: one of the others ended while this one waited for it.
+        UserError: more processes than GPUs, or no usable GPU where one was expected.
+        PeerLost: one of the others ended while this one waited for it, or a loading worker.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU of its own:"
-                f" start at most {torch.cuda.device_count()}"
-            )
-        device = torch.device("cuda", local_rank)
+    device = choose_device(device, local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
     if world_size > 1:
         # Tensors on the GPU travel by nccl; what the CPU has to decide does not wait for the GPU.
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -63,6 +57,8 @@ def init_distributed() -> Iterator[DistEnv]:
                 f"process {rank} lost the others: start all again with the same command,"
                 " which goes on from the last checkpoint"
             ) from error
+        if "DataLoader worker (pid" in str(error):
+            raise worker_lost(error) from error
         raise
     finally:
         if dist.is_initialized():

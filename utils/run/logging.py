@@ -6,6 +6,7 @@ import logging
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from utils.run.state import TrainState
 
 RECORDS = "metrics.jsonl"
 LINE_EVERY = 100  # iterations
+PACE_AFTER = 50  # iterations, or at the end of the first epoch
+# Recommended on GPUs; they round differently, so they are no defaults.
+FAST = {"precision": "bfloat16", "compile": True, "channels_last": True}
 
 
 class RunLog:
@@ -44,6 +48,8 @@ class RunLog:
         self.config = config
         self.dist = dist
         self.iterations = iterations
+        self.step_ends: list[float] | None = []  # of the first iterations, until the pace is known
+        self.started = time.perf_counter()
         self.folder = Path(config.save)
         self.logger = logging.getLogger("adambnn")
         self.logger.setLevel(logging.INFO if dist.is_rank0 else logging.CRITICAL)
@@ -90,12 +96,36 @@ class RunLog:
             self.logger.info(line)
 
     def on_step_end(self, state: TrainState) -> None:
-        if self.dist.is_rank0 and state.iteration % LINE_EVERY == 0:
+        if not self.dist.is_rank0:
+            return
+        if self.step_ends is not None:
+            self.step_ends.append(time.perf_counter())
+            if len(self.step_ends) == PACE_AFTER or state.iteration == self.iterations:
+                self._pace(state)
+        if state.iteration % LINE_EVERY == 0:
             now = state.meter.results()
             self.logger.info(
                 f"epoch {state.epoch} train {state.iteration}/{self.iterations}:"
                 f" loss {now['loss']:.4f}, top-1 {now['top1']:.2f} %"
             )
+
+    def _pace(self, state: TrainState) -> None:
+        """Log how fast this process's first iterations were, and what that means for the run."""
+        ends, self.step_ends = self.step_ends, None
+        # The first one waits for workers and compilation.
+        seconds = (ends[-1] - ends[0]) / (len(ends) - 1) if ends[1:] else ends[0] - self.started
+        left = (self.config.epochs - state.epoch) * self.iterations - state.iteration
+        line = (
+            f"the first {len(ends)} iterations took {ends[-1] - self.started:.1f} s:"
+            f" {self.config.batch_size / seconds:.0f} images/s,"
+            f" {left * seconds / 3600:.1f} hours of training left"
+        )
+        if self.dist.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.dist.device)
+            line += f", {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory in use"
+            slow = [f"--{k} {v}" for k, v in FAST.items() if getattr(self.config, k) != v]
+            line += f"; faster with {' '.join(slow).lower()}" if slow else ""
+        self.logger.info(line)
 
     def on_epoch_end(self, state: TrainState) -> None:
         """Log the last record of the history, and write all of them to metrics.jsonl."""

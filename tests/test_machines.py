@@ -1,0 +1,218 @@
+"""Machines as people have them: what is too small, missing or killed is one sentence."""
+
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ITERATIONS, ROOT, STEP1, TINY
+
+from utils import launch
+from utils.data.loader import FILE_HANDLES, loading_workers
+from utils.run.config import parse_config
+from utils.run.distributed import DistEnv
+from utils.run.errors import UserError
+from utils.run.logging import RunLog
+from utils.run.state import TrainState
+
+# One worker has two batches ready besides the one in use, of three bytes a pixel.
+BATCHES = 3 * TINY["batch_size"] * 3 * 224**2
+SIZES = {"workers": 1, "image_size": 224, "val_resize": 224}
+
+
+def executable(path: Path, script: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def shared_memory(tmp_path, monkeypatch):
+    """Call it with the free bytes."""
+
+    def set_free(free: int) -> None:
+        monkeypatch.setattr("utils.data.loader.SHARED_MEMORY", tmp_path)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+
+    return set_free
+
+
+def test_too_little_shared_memory_is_one_sentence_before_training(
+    run_step, shared_memory, tmp_path
+):
+    shared_memory(BATCHES - 1)
+    run_step(1, **SIZES).assert_one_sentence(
+        "has 4 MB free", "need 4 MB", "--shm-size", "--workers"
+    )
+    assert not (tmp_path / "step1").exists()
+
+
+def test_the_shared_memory_of_a_machine_is_that_of_all_its_processes(shared_memory, monkeypatch):
+    config = replace(parse_config(STEP1, []), **SIZES)
+    shared_memory(BATCHES)
+    assert loading_workers(config, TINY["batch_size"]) == 1
+    assert loading_workers(replace(config, workers=0), 10**9) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="need 7 MB"):
+        loading_workers(config, TINY["batch_size"])
+
+
+def test_too_few_file_handles_are_one_sentence_and_a_soft_limit_is_raised(run_step, monkeypatch):
+    raised = []
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    run_step(1, workers=1).assert_one_sentence("64 open files", "ulimit -n", "--workers")
+    assert not raised
+    for soft, hard, expected in ((64, 128, 128), (64, 10**6, FILE_HANDLES), (10**5, 10**6, 10**5)):
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=(soft, hard): limits)
+        loading_workers(parse_config(STEP1, ["--workers", "1"]), 1)
+        assert raised[-1] == (expected, hard)
+
+
+def test_a_killed_loading_worker_is_one_sentence_and_the_same_command_goes_on(
+    run_step, monkeypatch
+):
+    def kill_workers(*_):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    options = {"workers": 1, "checkpoint_minutes": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "on_step_end", kill_workers)
+        code = run_step(1, **options).code  # a text is printed, and ends with code 1
+    assert code.startswith("error: a loading worker ended (")
+    assert "the same command goes on" in code and "\n" not in code
+    result = run_step(1, **options)
+    assert result.code == 0 and "of this run, which goes on" in result.out
+
+
+# The device
+
+
+@pytest.fixture
+def no_gpu(monkeypatch, tmp_path):
+    """A machine that has nothing of a GPU."""
+    for name in ("CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS", "SLURM_GPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("utils.run.device.DRIVER", tmp_path / "no driver")
+
+
+@pytest.fixture
+def driver(no_gpu, monkeypatch, tmp_path):
+    """Its driver is for CUDA 12.4."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    executable(folder / "nvidia-smi", "echo '| Driver Version: 550.54.15   CUDA Version: 12.4   |'")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({}, "an NVIDIA driver is installed"),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES is 0"),
+        ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS is 0"),
+    ],
+)
+def test_a_gpu_that_was_promised_and_cannot_be_used_stops_a_run(
+    run_step, driver, monkeypatch, variables, words
+):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    wanted = f"for CUDA {torch.version.cuda or 'none'}"
+    run_step(1).assert_one_sentence(words, "driver is for CUDA 12.4", wanted, "--device cpu")
+    assert run_step(1, epochs=1, device="cpu").code == 0
+
+
+def test_hidden_gpus_are_not_expected(run_step, driver, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert run_step(1, epochs=1).code == 0
+
+
+def test_without_any_promise_the_cpu_is_used_unless_a_gpu_is_asked_for(
+    run_step, run_script, no_gpu, tmp_path
+):
+    assert run_step(1, epochs=1).code == 0
+    options = ("--device", "cuda")
+    run_step(1, *options).assert_one_sentence("--device cuda was given", "CUDA unknown")
+    file = tmp_path / "step1" / "checkpoint.pth.tar"
+    run_script("evaluate", file, *options).assert_one_sentence("--device cuda was given")
+
+
+def test_on_the_cpu_one_process_is_started_however_many_gpus_there_are(monkeypatch):
+    def execv(*_):
+        raise SystemExit("one plain process")
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("NPROC_PER_NODE", raising=False)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "train.py", "--device", "cpu"])
+    with pytest.raises(SystemExit, match="one plain process"):
+        launch.main()
+
+
+# The first minutes
+
+
+def test_the_first_iterations_tell_pace_and_hours_left_once_in_each_process(run_step, monkeypatch):
+    result = run_step(1)
+    line = f"the first {ITERATIONS} iterations took"
+    assert result.out.count(line) == 1 and "hours of training left" in result.out
+    monkeypatch.setattr("utils.run.logging.PACE_AFTER", 2)
+    result = run_step(1, epochs=3, save=result.out.split("save: ")[1].split()[0] + "-other")
+    assert result.out.count("the first 2 iterations took") == 1
+
+
+def test_on_a_gpu_the_first_iterations_tell_its_memory_and_the_speed_options_that_are_off(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (14e9, 24e9))
+    config = parse_config(STEP1, ["--save", str(tmp_path), "--compile", "true"])
+    state = TrainState(iteration=1)
+    with RunLog(config, DistEnv(0, 0, 1, torch.device("cuda")), state, iterations=1) as log:
+        log.on_step_end(state)
+    line = capsys.readouterr().out
+    assert "10.0 of 24.0 GB of GPU memory" in line
+    assert line.endswith("; faster with --precision bfloat16 --channels_last true\n")
+
+
+# The installation
+
+
+def set_up(python: Path, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-ec", f"source {ROOT}/scripts/environment.sh requirements.txt"],
+        env={**os.environ, "PYTHON": str(python), "VENV": str(folder / "venv")},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "fits"), [("3.10.13", 0), ("3.15.0", 0), ("3.11.0", 1), ("3.14.2", 1)]
+)
+def test_python_must_be_3_11_to_3_14(tmp_path, version, fits):
+    script = f'[ "$1" = --version ] && echo Python {version} || exit 77'
+    result = set_up(executable(tmp_path / "python", script), tmp_path)
+    if fits:
+        assert result.returncode == 77  # it was asked to make the environment
+    else:
+        assert result.returncode == 2
+        assert result.stderr.startswith("error: Python 3.11 to 3.14 is needed")
+        assert f"Python {version}" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_every_required_version_is_in_the_lock_file():
+    def pins(name: str) -> set[str]:
+        lines = (ROOT / name).read_text().lower().splitlines()
+        return {line for line in lines if line and not line.startswith("#")}
+
+    required = {path.name for path in ROOT.glob("requirements*.txt")} - {"requirements-lock.txt"}
+    assert set().union(*map(pins, required)) < pins("requirements-lock.txt")
