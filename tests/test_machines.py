@@ -14,7 +14,7 @@ import torch
 from conftest import ITERATIONS, ROOT, STEP1, TINY
 
 from utils import launch
-from utils.data.loader import FILE_HANDLES, loading_workers
+from utils.data.loader import FILE_HANDLES, check_workers
 from utils.run.config import parse_config
 from utils.run.distributed import DistEnv
 from utils.run.errors import UserError
@@ -56,11 +56,11 @@ def test_too_little_shared_memory_is_one_sentence_before_training(
 def test_the_shared_memory_of_a_machine_is_that_of_all_its_processes(shared_memory, monkeypatch):
     config = replace(parse_config(STEP1, []), **SIZES)
     shared_memory(BATCHES)
-    assert loading_workers(config, TINY["batch_size"]) == 1
-    assert loading_workers(replace(config, workers=0), 10**9) == 0
+    check_workers(config, TINY["batch_size"])
+    check_workers(replace(config, workers=0), 10**9)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="need 7 MB"):
-        loading_workers(config, TINY["batch_size"])
+        check_workers(config, TINY["batch_size"])
 
 
 def test_too_few_file_handles_are_one_sentence_and_a_soft_limit_is_raised(run_step, monkeypatch):
@@ -71,7 +71,7 @@ def test_too_few_file_handles_are_one_sentence_and_a_soft_limit_is_raised(run_st
     assert not raised
     for soft, hard, expected in ((64, 128, 128), (64, 10**6, FILE_HANDLES), (10**5, 10**6, 10**5)):
         monkeypatch.setattr(resource, "getrlimit", lambda _, limits=(soft, hard): limits)
-        loading_workers(parse_config(STEP1, ["--workers", "1"]), 1)
+        check_workers(parse_config(STEP1, ["--workers", "1"]), 1)
         assert raised[-1] == (expected, hard)
 
 

@@ -63,8 +63,8 @@ def train_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefe
             f"{len(images)} training images are fewer than the {dist.world_size} processes that"
             " share them: start fewer processes"
         )
-    workers = loading_workers(config, config.batch_size // dist.world_size)
-    return PrefetchLoader(images, sampler, workers, dist.device)
+    check_workers(config, config.batch_size // dist.world_size)
+    return PrefetchLoader(images, sampler, config.workers, dist.device)
 
 
 def val_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "PrefetchLoader":
@@ -74,24 +74,18 @@ def val_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefetc
         UserError: too little shared memory.
     """
     batches = val_batches(len(images), config.batch_size, dist.rank, dist.world_size)
-    workers = loading_workers(config, config.batch_size)
-    return PrefetchLoader(images, batches, workers, dist.device)
+    check_workers(config, config.batch_size)
+    return PrefetchLoader(images, batches, config.workers, dist.device)
 
 
-def loading_workers(config: Config, batch_size: int) -> int:
-    """How many workers load batches of `batch_size` images for this process.
-
-    Raises:
-        UserError: too little shared memory or too few file handles for them.
-    """
-    # More workers than cores only wait for each other, and no result depends on their number.
+def check_workers(config: Config, batch_size: int) -> None:
+    """Raise UserError for too little shared memory or too few file handles for loading workers."""
     workers = min(config.workers, usable_cores())
     if workers:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         batches = processes * (workers * PREFETCH + 1)
         _check_shared_memory(workers, batches * batch_size * 3 * config.image_size**2)
         _allow_file_handles(workers)
-    return workers
 
 
 def _check_shared_memory(workers: int, needed: int) -> None:
@@ -173,13 +167,15 @@ class PrefetchLoader:
     device: torch.device
 
     def __post_init__(self):
+        # More workers than cores only wait for each other, and no result depends on their number.
+        workers = min(self.workers, usable_cores())
         self.loader = DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
-            num_workers=self.workers,
-            prefetch_factor=PREFETCH if self.workers else None,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
             pin_memory=self.device.type == "cuda",
-            persistent_workers=self.workers > 0,
+            persistent_workers=workers > 0,
             worker_init_fn=worker_init,
             # Its own generator: the loader draws a seed for its workers, which nothing here uses.
             generator=torch.Generator(),
