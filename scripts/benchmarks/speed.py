@@ -119,16 +119,15 @@ def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
 def as_markdown(results: dict) -> str:
     """What was measured where, and a line for each pass and for each way to load images."""
     teacher = "with" if results["teacher"] else "without"
-    return (
+    heading = (
         f"{results['network']}, {results['image_size']} pixels, steps {teacher} a teacher,"
         f" {results['date']}, {results['machine']}, torch {results['torch']}; medians of"
-        f" {results['rounds']} interleaved rounds (lowest to highest).\n\n"
-        + "\n\n".join(
-            [table(map(pass_line, results["rows"]))]
-            + [describe(row, row["images"], row["what"]) for row in results["loading"]]
-        )
-        + "\n"
+        f" {results['rounds']} interleaved rounds (lowest to highest)."
     )
+    tables = [describe(row, row["images"], row["what"]) for row in results["loading"]]
+    if results["rows"]:
+        tables.insert(0, table(map(pass_line, results["rows"])))
+    return "\n\n".join([heading, *tables]) + "\n"
 
 
 def pass_line(row: dict) -> dict[str, str]:
@@ -150,7 +149,8 @@ def draw(results: dict) -> Figure:
     """Images a second of both sides, one panel for each kind of pass."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     passes = list(dict.fromkeys(row["what"] for row in results["rows"]))
-    for axes, what in zip(figure.subplots(1, len(passes), squeeze=False)[0], passes, strict=True):
+    panels = figure.subplots(1, max(len(passes), 1), squeeze=False)[0]
+    for axes, what in zip(panels, passes, strict=False):
         rows = [row for row in reversed(results["rows"]) if row["what"] == what]
         styles = ((0.2, "tab:gray"), (-0.2, "tab:blue"))
         for place, row in enumerate(rows):

@@ -1,7 +1,6 @@
 """Loaders: which images make a batch, and their way to the device."""
 
 import os
-import resource
 import shutil
 import signal
 import threading
@@ -99,7 +98,11 @@ def _check_shared_memory(workers: int, needed: int) -> None:
 
 
 def _allow_file_handles(workers: int) -> None:
+    if os.name != "posix":
+        return
     needed = 64 + 12 * workers  # measured: up to 11 a worker, in training and validation together
+    import resource  # which Windows does not have
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = max(soft, min(hard, FILE_HANDLES))
     if limit < needed:
