@@ -8,19 +8,22 @@ import shutil
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from compare import assert_same_checkpoint, assert_same_run, position
-from conftest import FROM_SCRATCH, ITERATIONS, ROOT, TINY
+from conftest import FROM_SCRATCH, ITERATIONS, ROOT, TINY, config_with
 
+from models import build_model
 from utils import engine
 from utils.checkpoint import manager
 from utils.checkpoint.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint
 from utils.checkpoint.manager import CheckpointManager
 from utils.checkpoint.seal import is_intact
+from utils.metrics import BinaryMetrics
+from utils.optim import build_optimizer
 from utils.run.command_line import PREEMPTED_EXIT_CODE
 from utils.run.errors import NonFiniteError, is_out_of_memory
 from utils.run.state import TrainState
@@ -276,16 +279,68 @@ def test_what_is_not_finite_stops_before_the_weights_and_names_the_images(run_st
     assert all(value.isfinite().all() for value in read_checkpoint(newest).state.values())
 
 
+class Batches(list):
+    def image_indices(self, batch: int) -> list[int]:
+        return [batch, batch + 10]
+
+
 @pytest.mark.parametrize("name", ["loss", "gradient"])
 def test_a_loss_and_a_gradient_are_both_looked_at(name):
     model = torch.nn.Linear(2, 1)
     model.weight.grad = torch.tensor([[1.0, float("nan") if name == "gradient" else 0.0]])
     loss = torch.tensor(float("inf") if name == "loss" else 1.0)
-    batches = SimpleNamespace(image_indices=lambda batch: [7, 8])
-    with pytest.raises(NonFiniteError, match=f"the {name}.* is (inf|nan) .* images 7, 8;"):
-        engine.check_finite(loss, model, batches, TrainState())
+    guard = engine.FiniteGuard(model, None, Batches(), TrainState(iteration=7))
+    with pytest.raises(NonFiniteError, match=f"the {name}.* is (inf|nan) .* images 7, 17;"):
+        guard.check(loss)
     model.weight.grad = torch.full((1, 2), 1e18)
-    engine.check_finite(torch.tensor(1.0), model, batches, TrainState())
+    guard.check(torch.tensor(1.0))
+
+
+class Recorder:
+    def __init__(self, look):
+        self.look, self.seen = look, []
+
+    def on_step_end(self, state):
+        self.seen.append(self.look())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
+@pytest.mark.parametrize("at", [0, 2])
+def test_where_the_device_is_not_waited_for_an_update_that_is_not_finite_changes_no_weight(
+    monkeypatch, at, optimizer, accumulate
+):
+    monkeypatch.setattr(engine, "runs_ahead", lambda device, optimizer: True)
+    batches = Batches((torch.ones(4, 3), torch.zeros(4, dtype=torch.long)) for _ in range(3))
+    batches[at][0][-1] = float("nan")
+    model = torch.nn.Linear(3, 2)
+    options = {"optimizer": optimizer, "optimizer_options": {"fused": True}}
+    config = config_with(accumulate=accumulate, **options)
+    recorder = Recorder(model.weight.detach().clone)
+    before, state = recorder.look(), TrainState(hooks=[recorder])
+    with pytest.raises(NonFiniteError, match=f"iteration {at}, images {at}, {at + 10};"):
+        engine.train_one_epoch(model, None, batches, build_optimizer(model, config), config, state)
+    weights = [before, *recorder.seen]
+    changed = [not torch.equal(old, new) for old, new in pairwise(weights)]
+    assert changed == {0: [False], 2: [True, True, False]}[at]  # the error came right after
+
+
+def test_no_iteration_asks_the_device_for_a_value(monkeypatch):
+    asked = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        method = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda x, method=method: asked.append(x.shape) or method(x)
+        )
+    monkeypatch.setattr(engine, "runs_ahead", lambda device, optimizer: True)
+    monkeypatch.setattr(engine.FiniteGuard, "settle", lambda guard, wait=False: None)
+    model = build_model("reactnet_a", 3, width=1 / 16, small_images=True)
+    images, labels = torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)
+    recorder, config = Recorder(asked.copy), config_with()
+    state = TrainState(hooks=[BinaryMetrics(model, images), recorder])
+    optimizer = build_optimizer(model, config)
+    engine.train_one_epoch(model, None, [(images, labels)] * 3, optimizer, config, state)
+    assert recorder.seen == [[], [], []] and asked
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What happens to a batch: one epoch of training, one pass of evaluation."""
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 
 import torch
@@ -14,7 +15,7 @@ from utils.losses import at_least_float32, batch_loss
 from utils.metrics import Meter
 from utils.precision import autocast
 from utils.run.distributed import all_reduce_sum, gradient_sync, share_weight
-from utils.run.errors import NonFiniteError
+from utils.run.errors import NonFiniteError, Preempted
 from utils.run.state import TrainState
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -42,40 +43,89 @@ def train_one_epoch(
         NonFiniteError: before such a loss or gradient reaches the weights.
     """
     model.train()
-    for images, labels in batches:
-        optimizer.zero_grad()
-        # Makes the mean over this share of the batch its part of the mean over the whole batch.
-        weight = share_weight(len(labels), images.device) / len(labels)
-        chunks = images.chunk(config.accumulate), labels.chunk(config.accumulate)
-        losses = []
-        for x, y in zip(*chunks, strict=True):
-            is_last = len(losses) == len(chunks[0]) - 1
-            with gradient_sync(model, is_last):
-                with autocast(images.device, config.precision):
-                    logits = model(x)  # (n, classes)
-                    loss = batch_loss(logits, x, y, teacher, config.label_smoothing)
-                (loss * weight * len(y)).backward()
-            state.meter.update(loss, logits, y)
-            losses.append(loss)
-        check_finite(torch.stack(losses).sum(), model, batches, state)
-        optimizer.step()
-        state.end_step()
+    with FiniteGuard(model, optimizer, batches, state) as guard:
+        for images, labels in batches:
+            optimizer.zero_grad()
+            # Makes the mean over this share of the batch its part of the mean over the whole batch.
+            weight = share_weight(len(labels), images.device) / len(labels)
+            chunks = images.chunk(config.accumulate), labels.chunk(config.accumulate)
+            losses = []
+            for x, y in zip(*chunks, strict=True):
+                is_last = len(losses) == len(chunks[0]) - 1
+                with gradient_sync(model, is_last):
+                    with autocast(images.device, config.precision):
+                        logits = model(x)  # (n, classes)
+                        loss = batch_loss(logits, x, y, teacher, config.label_smoothing)
+                    (loss * weight * len(y)).backward()
+                state.meter.update(loss, logits, y)
+                losses.append(loss)
+            guard.check(torch.stack(losses).sum())
+            optimizer.step()
+            state.end_step()
     return reduced(state.meter).results()
 
 
-@torch.no_grad()
-def check_finite(loss: Tensor, model: nn.Module, batches: Batches, state: TrainState) -> None:
-    """Raise NonFiniteError unless the loss and the norm of the gradient of `model` are finite."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    values = torch.stack([loss.float(), get_total_norm(gradients)]).tolist()
-    for name, value in zip(("loss", "gradient's norm"), values, strict=True):
-        if not math.isfinite(value):
-            images = ", ".join(map(str, batches.image_indices(state.iteration)))
-            raise NonFiniteError(
-                f"the {name} is {value} at epoch {state.epoch}, iteration {state.iteration},"
-                f" images {images}; the weights were not changed by it:"
-                " look at these images, or start again with another learning_rate"
-            )
+class FiniteGuard:
+    """Keeps an update from the weights whose loss or gradient is not finite, and ends the run; a
+    context around the iterations of an epoch.
+
+    A GPU is not waited for: its fused optimizer takes a flag, with which it changes nothing, and
+    the error is raised in a later iteration, once the values have come.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, batches: Batches, state: TrainState):
+        self.model, self.optimizer, self.batches, self.state = model, optimizer, batches, state
+        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def __enter__(self) -> "FiniteGuard":
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None or issubclass(kind, Preempted):
+            self.settle(wait=True)
+
+    @torch.no_grad()
+    def check(self, loss: Tensor) -> None:
+        """Look at the loss and the norm of the gradient of the update to be made.
+
+        Raises:
+            NonFiniteError: one of them is not finite, in this or an earlier iteration.
+        """
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        values = torch.stack([loss.float(), get_total_norm(gradients)])
+        if runs_ahead(values.device, self.optimizer):
+            self.optimizer.found_inf = values.isfinite().all().logical_not().float()
+            self.settle()
+            copy = values.to("cpu", non_blocking=True), copied_event(values.device)
+            self.pending.append((self.state.iteration, *copy))
+        else:
+            self.pending.append((self.state.iteration, values, None))
+            self.settle(wait=True)
+
+    def settle(self, wait: bool = False) -> None:
+        """Raise NonFiniteError for earlier iterations whose values are known, or wait for all."""
+        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
+            iteration, values, event = self.pending.popleft()
+            if event:
+                event.synchronize()
+            for name, value in zip(("loss", "gradient's norm"), values.tolist(), strict=True):
+                if not math.isfinite(value):
+                    images = ", ".join(map(str, self.batches.image_indices(iteration)))
+                    raise NonFiniteError(
+                        f"the {name} is {value} at epoch {self.state.epoch}, iteration {iteration},"
+                        f" images {images}; the weights were not changed by it:"
+                        " look at these images, or start again with another learning_rate"
+                    )
+
+
+def runs_ahead(device: torch.device, optimizer: Optimizer) -> bool:
+    """Whether the device computes behind the host, and the optimizer takes a flag `found_inf`."""
+    return device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def copied_event(device: torch.device) -> torch.cuda.Event | None:
+    """Tells when what was started on a GPU until now has been done; None elsewhere."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ planes, colour noise and normalisation of whole batches, with the very numbers t
 order of transforms gives.
 """
 
+import functools
+
 import numpy as np
 import torch
 from PIL import Image
@@ -68,8 +70,14 @@ def normalize_batch(pixels: Tensor, shifts: Tensor) -> Tensor:
     pixels = pixels.permute(0, 3, 1, 2).contiguous()
     if shifts.is_cuda or shifts.any():
         pixels = (pixels.to(torch.int16) + shifts[:, :, None, None]).clamp_(0, 255)
-    mean, std = (torch.tensor(x, device=pixels.device) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    return pixels.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+    mean, std = _mean_and_std(pixels.device)
+    return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+@functools.cache  # so that no batch waits for a GPU
+def _mean_and_std(device: torch.device) -> Tensor:
+    """ImageNet's, (2, 3, 1, 1)."""
+    return torch.tensor((IMAGENET_MEAN, IMAGENET_STD), device=device)[:, :, None, None]
 
 
 class Lighting:

@@ -137,7 +137,8 @@ def share_weight(share: int, device: torch.device) -> Tensor | float:
     """
     if not dist.is_initialized():
         return 1.0
-    batch = all_reduce_sum(torch.tensor(share, dtype=torch.float64, device=device))
+    # Filled on the device: a copy would wait for it.
+    batch = all_reduce_sum(torch.full((), share, dtype=torch.float64, device=device))
     return share * dist.get_world_size() / batch
 
 
