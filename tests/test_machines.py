@@ -14,6 +14,7 @@ import torch
 from conftest import ITERATIONS, ROOT, STEP1, TINY
 
 from utils import launch
+from utils.data import loader
 from utils.data.loader import FILE_HANDLES, check_workers
 from utils.run.config import parse_config
 from utils.run.distributed import DistEnv
@@ -216,3 +217,9 @@ def test_every_required_version_is_in_the_lock_file():
 
     required = {path.name for path in ROOT.glob("requirements*.txt")} - {"requirements-lock.txt"}
     assert set().union(*map(pins, required)) < pins("requirements-lock.txt")
+
+
+def test_without_a_number_the_workers_are_the_cores_that_a_process_has(monkeypatch):
+    monkeypatch.setattr(loader, "usable_cores", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [loader.loading_workers(wanted) for wanted in (None, 0, 5, 99)] == [2, 0, 5, 16]

@@ -1,6 +1,7 @@
 """How a network is computed: precision, memory layout and compilation.
 
-Weights, the optimizer and the residual path stay in float32 whatever is chosen.
+Weights, the optimizer and the residual path behind an RPReLU stay in float32 whatever is chosen;
+before the first one, and in Bi-Real-18, which has none, bfloat16 sums what BN gives in bfloat16.
 """
 
 import torch
@@ -10,7 +11,12 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 def set_precision(precision: str) -> None:
-    """float32 means float32, also on GPUs that would take TF32 for convolutions unasked."""
+    """float32 means float32, also on GPUs that would take TF32 for convolutions unasked.
+
+    cuDNN tries its algorithms and keeps the fastest, as in the released code; not where
+    `torch.use_deterministic_algorithms` asks for the same bits again.
+    """
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     allowed = precision != "float32"
     torch.backends.cudnn.allow_tf32 = allowed
     torch.backends.cuda.matmul.allow_tf32 = allowed

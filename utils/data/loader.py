@@ -79,7 +79,7 @@ def val_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefetc
 
 def check_workers(config: Config, batch_size: int) -> None:
     """Raise UserError for too little shared memory or too few file handles for loading workers."""
-    workers = min(config.workers, usable_cores())
+    workers = loading_workers(config.workers)
     if workers:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         batches = processes * (workers * PREFETCH + 1)
@@ -166,12 +166,11 @@ class PrefetchLoader:
 
     dataset: SeededDataset
     sampler: EpochBatchSampler | Sequence[list[Key]]
-    workers: int
+    workers: int | None
     device: torch.device
 
     def __post_init__(self):
-        # More workers than cores only wait for each other, and no result depends on their number.
-        workers = min(self.workers, usable_cores())
+        workers = loading_workers(self.workers)
         self.loader = DataLoader(
             self.dataset,
             batch_sampler=self.sampler,
@@ -240,6 +239,16 @@ def _end_with_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(128 + signal.SIGTERM)
+
+
+def loading_workers(wanted: int | None) -> int:
+    """`wanted`; None is as many as this process has cores, of which those of a machine share all.
+
+    More workers than cores only wait for each other, and no result depends on their number.
+    """
+    cores = usable_cores()
+    share = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    return min(share if wanted is None else wanted, cores)
 
 
 def usable_cores() -> int:

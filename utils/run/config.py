@@ -53,7 +53,9 @@ class Config:
     data: str = _option("folder of train/ and val/, or shapes, or cifar10", path=True, place=True)
     val_dir: str = _option("name of the validation folder inside data", "val", place=True)
     cache_dir: str = _option("where shapes and cifar10 are kept", path=True, place=True)
-    workers: int = _option("image loading processes of each process", minimum=0, place=True)
+    workers: int | None = _option(
+        "image loading processes of each process; none for one a core", None, minimum=0, place=True
+    )
     train_per_class: int | None = _option("train on the first so many of a class", None, minimum=1)
     val_per_class: int | None = _option("the same for validation", None, minimum=1)
     skip_unreadable: int = _option(
@@ -97,7 +99,9 @@ class Config:
         "what decays; released includes the shifts", "released", choices=DECAY_GROUPS
     )
     schedule: str = _option(
-        "linear decay; released runs one epoch ahead", "released", choices=SCHEDULES
+        "of the learning rate; released is linear and runs one epoch ahead",
+        "released",
+        choices=SCHEDULES,
     )
     accumulate: int = _option("parts a batch is computed in, BN statistics of each", 1, minimum=1)
 
