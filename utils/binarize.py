@@ -96,7 +96,9 @@ class BinaryConvolution(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, w)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
-        return torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y)).to(dtype)
+        y = torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y))
+        # torch 2.11 compiles a wrong gradient where `to` has nothing to convert.
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     @once_differentiable

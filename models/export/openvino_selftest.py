@@ -43,7 +43,8 @@ class SelfTestLayer(nn.Module):
 
 def norm(scale: np.ndarray, shift: np.ndarray) -> nn.BatchNorm2d:
     """scale * x + shift, exactly."""
-    layer = nn.BatchNorm2d(len(scale), eps=0)
+    layer = nn.BatchNorm2d(len(scale), eps=0.5)
+    layer.running_var.fill_(0.5)
     layer.weight.data, layer.bias.data = torch.from_numpy(scale), torch.from_numpy(shift)
     return layer
 
