@@ -9,7 +9,8 @@ With --classes the data may have only some of the network's classes, matched by 
 the others are left out.  The last line is for a report.
 A file written here brings its image size; others are evaluated at 224 pixels after 256.
 In float32, roundings flip a few Signs whose inputs are near-ties, so two forms of one network may
-differ on an image in a thousand; with --precision float64 they do not.
+differ on an image in a thousand; with --precision float64 they do not.  Fastest is --precision
+bfloat16 --compile --channels_last, whose images/s include the time that compiling takes.
 """
 
 import argparse
@@ -35,6 +36,8 @@ from utils.checkpoint.files import check_output, sha256
 from utils.data.dataset import open_val_images
 from utils.data.image_folder import class_names_of_network
 from utils.data.loader import PrefetchLoader, val_loader
+from utils.losses import at_least_float32
+from utils.precision import PRECISIONS, autocast, compiled, place, set_precision
 from utils.run.command_line import Parser, add_network_options, command
 from utils.run.config import Config, parse_config
 from utils.run.device import DEVICES
@@ -57,7 +60,9 @@ def parse() -> argparse.Namespace:
     )
     add_network_options(parser)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as in training")
-    parser.add_argument("--precision", choices=("float32", "float64"), default="float32")
+    parser.add_argument("--precision", choices=(*PRECISIONS, "float64"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--channels_last", action="store_true", help="memory layout")
     parser.add_argument("--against", type=Path, help="another form, compared image by image")
     parser.add_argument("--expect", type=float, help="fail unless top-1's interval contains this")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -72,21 +77,29 @@ def main() -> None:
     if arguments.save_released:
         check_output(arguments.save_released, arguments.force)
     with init_distributed(arguments.device) as dist:
+        set_precision(arguments.precision)
         network = open_on_device(arguments.file, arguments, dist)
-        if isinstance(network, ExportedNetwork) and arguments.precision == "float64":
-            raise UserError(f"{network} computes in float32: leave --precision out")
+        options = arguments.precision != "float32", arguments.compile, arguments.channels_last
+        if isinstance(network, ExportedNetwork) and any(options):
+            raise UserError(
+                f"{network} computes in float32 on an engine of its own:"
+                " leave --precision, --compile and --channels_last out"
+            )
         if isinstance(network, ExportedNetwork) and arguments.save_released:
             raise UserError(f"{network} is no checkpoint: --save_released needs one")
         config = data_config(arguments, network)
         loader = val_loader(open_val_images(config, dist), config, dist)
         if arguments.classes:
             select_classes(network, arguments.classes, loader)
-        results = evaluate(network.model, loader, config.image_size, dist)
+        check_classes(network, loader, config.image_size)
+        model = compiled_if_asked(network, arguments)
+        results = evaluate(model, loader, arguments.precision, dist)
         if arguments.against:
             other = open_on_device(arguments.against, arguments, dist)
             if arguments.classes:
                 select_classes(other, arguments.classes, loader)
-            results |= compare(network.model, other.model, loader)
+            other_model = compiled_if_asked(other, arguments)
+            results |= compare(model, other_model, loader, arguments.precision)
     if not dist.is_rank0:
         return
     report(results, str(network), arguments)
@@ -99,13 +112,19 @@ def main() -> None:
 
 
 def open_on_device(file: Path, arguments: argparse.Namespace, dist: DistEnv) -> Network:
-    """The network in a file, on the device; a checkpoint's in float64 if asked."""
+    """The network in a file, on the device; a checkpoint's laid out and in float64 as asked."""
     options = {name: getattr(arguments, name) for name in ("binary_weights", "small_images")}
     network = open_network(file, **options)
-    model = network.model.to(dist.device)
+    model = place(network.model, arguments, dist.device)
     if arguments.precision == "float64" and not isinstance(network, ExportedNetwork):
         model.double().register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     return network
+
+
+def compiled_if_asked(network: Network, arguments: argparse.Namespace) -> nn.Module:
+    """The model, by torch.compile if asked; an exported one is left to its engine."""
+    is_exported = isinstance(network, ExportedNetwork)
+    return network.model if is_exported else compiled(network.model, arguments)
 
 
 def data_config(arguments: argparse.Namespace, network: Network) -> Config:
@@ -130,31 +149,36 @@ def select_classes(network: Network, folder: Path, loader: PrefetchLoader) -> No
     model.register_forward_hook(lambda module, inputs, logits: logits[:, columns])
 
 
-def evaluate(model: nn.Module, loader: PrefetchLoader, image_size: int, dist: DistEnv) -> dict:
-    """top1, top5 (percent) and loss with their intervals, images, images_per_second."""
-    outputs = engine.count_outputs(model, image_size, dist.device)
-    images = loader.dataset
-    if outputs != len(images.classes):
+def check_classes(network: Network, loader: PrefetchLoader, image_size: int) -> None:
+    """Raise UserError unless the network has as many classes as the data."""
+    outputs = engine.count_outputs(network.model, image_size, loader.device)
+    classes = len(loader.dataset.classes)
+    if outputs != classes:
         raise UserError(
-            f"the network has {outputs} classes and the data {len(images.classes)}:"
+            f"the network has {outputs} classes and the data {classes}:"
             " evaluate on the data it was trained for, or match the classes by name with --classes"
             " and the train/ folder of that data"
         )
+
+
+def evaluate(model: nn.Module, loader: PrefetchLoader, precision: str, dist: DistEnv) -> dict:
+    """top1, top5 (percent) and loss with their intervals, images, images_per_second."""
     # A bar on rank 0's terminal, none where the output is not a terminal.
     progress = functools.partial(tqdm, leave=False, disable=None if dist.is_rank0 else True)
-    meter = engine.evaluate(model, loader, progress=progress)
+    meter = engine.evaluate(model, loader, precision, progress)
     results = meter.results()
-    if results["images"] != len(images):
-        raise RuntimeError(f"counted {results['images']} of {len(images)} images")
+    if results["images"] != len(loader.dataset):
+        raise RuntimeError(f"counted {results['images']} of {len(loader.dataset)} images")
     return results | intervals(results, meter.loss_deviation())
 
 
 @torch.no_grad()
-def compare(model: nn.Module, other: nn.Module, loader: PrefetchLoader) -> dict:
+def compare(model: nn.Module, other: nn.Module, loader: PrefetchLoader, precision: str) -> dict:
     """same_class: images of which both predict the same class; logit_difference: mean |a - b|."""
     sums = torch.zeros(3, dtype=torch.float64, device=loader.device)
     for images, _ in loader:
-        ours, theirs = model(images), other(images)
+        with autocast(loader.device, precision):
+            ours, theirs = (at_least_float32(network(images)) for network in (model, other))
         if ours.shape != theirs.shape:
             raise UserError(f"one network has {ours.shape[1]} classes, one {theirs.shape[1]}")
         sums[0] += (ours.argmax(1) == theirs.argmax(1)).sum()

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import CLASSES, VAL, launch, write_images
 
 from scripts import convert
+from utils import engine
 from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint, write_released
 
 COUNT = len(CLASSES) * VAL
@@ -103,7 +105,8 @@ def test_openvino_network_of_any_form_evaluates_as_the_checkpoint(
     result = results(path)
     assert result["images"] == COUNT and result["network"] == str(path)
     assert result["loss"] == pytest.approx(results(trained)["loss"], 0.05)
-    evaluate(path, "--precision", "float64").assert_one_sentence("computes in float32")
+    for options in (("--precision", "bfloat16"), ("--compile",), ("--channels_last",)):
+        evaluate(path, *options).assert_one_sentence("computes in float32", "leave --precision")
     compared = ("--against", path, "--precision", "float64")
     result = results(source, *compared)
     assert result["same_class"] == COUNT and 0 < result["logit_difference"] < 1e-5
@@ -154,6 +157,36 @@ def test_networks_that_predict_differently_are_compared(trained, evaluate, resul
     assert result["same_class"] < COUNT
     assert result["logit_difference"] == pytest.approx(100 / 3, rel=0.1)
     evaluate(trained, "--against", tmp_path / "none").assert_one_sentence("does not exist")
+
+
+def test_evaluation_computes_in_the_precision_and_layout_asked_for_and_compiled(
+    trained, results, image_folder, monkeypatch
+):
+    models, original = [], engine.evaluate
+
+    def evaluate(model, batches, *options):
+        models.append(model)
+        return original(model, batches, *options)
+
+    monkeypatch.setattr(engine, "evaluate", evaluate)
+    # Traced as ever, without the minutes of generating code.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    float32, bfloat16 = results(trained), results(trained, "--precision", "bfloat16")
+    by_name = ("--classes", image_folder / "train", "--against", trained)
+    fast = results(trained, "--precision", "bfloat16", "--compile", "--channels_last", *by_name)
+    assert fast["same_class"] == COUNT and fast["logit_difference"] == 0
+    assert fast["loss"] == pytest.approx(bfloat16["loss"], rel=1e-6) != float32["loss"]
+    eager, _, compiled = models
+    assert hasattr(compiled, "_orig_mod") and not hasattr(eager, "_orig_mod")
+    kernel = compiled.feature[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last) and not kernel.is_contiguous()
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("float32", False), ("tf32", True)])
+def test_evaluation_in_float32_uses_no_tf32(trained, evaluate, precision, allowed):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not allowed
+    assert evaluate(trained, "--precision", precision).code == 0
+    assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
 
 
 def test_expected_accuracy_is_checked_against_the_interval(trained, evaluate, results):
