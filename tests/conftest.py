@@ -16,6 +16,7 @@ from process import Result
 from step1.train import main as step1_main
 from step2.train import main as step2_main
 from utils.data.shapes import draw_set
+from utils.precision import set_precision
 from utils.run.config import FIELDS
 from utils.run.distributed import DistEnv
 
@@ -25,9 +26,11 @@ CPU = torch.device("cpu")
 # On networks this small threads, also those of the programs that tests start, only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+HAS_GPU = torch.cuda.is_available()
 # Where torch can use no GPU, none is expected, whatever driver the machine has.
-if not torch.cuda.is_available():
+if not HAS_GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic where that is asked for
 CLASSES = ("bars", "disc", "star")
 TRAIN, VAL = 8, 5  # images of each class
 ITERATIONS = 3  # of an epoch of the smallest run
@@ -49,6 +52,36 @@ FROM_SCRATCH = {"init_from": "none", "latent_init": "symmetric", "learning_rate"
 def write_images(folder: Path, classes: tuple[str, ...] = CLASSES) -> Path:
     draw_set(folder, classes, {"train": TRAIN, "val": VAL}, "{}.png")
     return folder
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> torch.device:
+    """Runs a test on the CPU and on a GPU; float32 is float32 there, not TF32."""
+    if request.param == "cuda" and not HAS_GPU:
+        pytest.skip("no GPU")
+    set_precision("float32")
+    return torch.device(request.param)
+
+
+on_gpu = pytest.mark.parametrize("device", ["cuda"], indirect=True)  # there alone
+
+
+def pytest_collection_modifyitems(items):
+    """Where there is no GPU, a test that would run on it is skipped once, not for each case."""
+    skipped = set()
+    for item in items.copy() if not HAS_GPU else ():
+        if hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda":
+            if item.function in skipped:
+                items.remove(item)
+            skipped.add(item.function)
+
+
+@pytest.fixture(autouse=True)
+def gpu_is_hidden_unless_asked_for(request, monkeypatch):
+    """What a test that takes no `device` starts computes on the CPU, also where there is a GPU."""
+    if HAS_GPU and "device" not in request.fixturenames:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")

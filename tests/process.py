@@ -19,7 +19,8 @@ from utils.checkpoint.seal import is_intact
 
 MEMORY = 12 << 30  # bytes of addresses that a run may have: sizes too large fail at once
 TIMEOUT = 300.0  # seconds that a run may take
-FORK = multiprocessing.get_context("fork")  # torch is loaded once, by this process
+# Forked, torch is loaded once, by this process; where it may use a GPU, a fork cannot train.
+FORK = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
 
 
 @dataclass(frozen=True)

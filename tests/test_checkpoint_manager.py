@@ -88,6 +88,26 @@ def test_a_signal_ends_the_iteration_saves_and_leaves_and_the_same_command_goes_
     assert_same_run(whole, folder)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_with_deterministic_algorithms_a_run_goes_on_bit_for_bit_on_a_gpu_too(
+    run_step, tmp_path, monkeypatch, device, precision
+):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    options = {"device": device, "precision": precision, **FROM_SCRATCH}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    # A warning is enough: the counts of histograms have no deterministic algorithm and need none.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert run_step(2, save=whole, **options).code == 0
+        with at_iteration(4, send(signal.SIGTERM)):
+            assert run_step(2, save=broken, **options).code == PREEMPTED_EXIT_CODE
+        torch.manual_seed(99)
+        assert run_step(2, save=broken, **options).code == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(whole, broken)
+
+
 def test_a_signal_to_every_process_leaves_the_loading_workers_to_finish_the_iteration(
     run_step, tmp_path, whole
 ):

@@ -23,6 +23,7 @@ from utils.data.transforms import (
     normalize_batch,
 )
 from utils.run.config import parse_config
+from utils.run.distributed import DistEnv
 from utils.run.errors import UserError
 
 LIGHTING_SCALES = {"released": 1.0, "textbook": 255.0}
@@ -230,3 +231,19 @@ def test_a_position_in_an_epoch_gives_the_batches_from_there_on(config):
     assert len(list(loader)) == len(whole) == len(loader)
     seen = [index for batch in range(len(whole)) for index in loader.image_indices(batch)]
     assert sorted(seen) == list(range(len(loader.dataset)))
+
+
+def test_batches_are_those_of_a_plain_copy_also_while_the_device_is_busy(config, device):
+    (plain, _), (loader, _) = (
+        build_loaders(config, DistEnv(0, 0, 1, place)) for place in (torch.device("cpu"), device)
+    )
+    seen = []
+    for images, labels in loader:
+        if images.is_cuda:
+            torch.cuda._sleep(10**8)  # the next batches arrive before these are read
+        seen.append((images * 1, labels * 1))
+        del images, labels
+    for mine, parts in zip(seen, plain.loader, strict=True):
+        pixels, shifts, labels = (part.to(device) for part in parts)
+        assert torch.equal(mine[0], normalize_batch(pixels, shifts))
+        assert torch.equal(mine[1], labels)

@@ -19,6 +19,7 @@ from conftest import (
     config_with,
     dist_env,
     launch,
+    on_gpu,
     start,
 )
 from process import free_port, kill_a_child, wait_until
@@ -105,7 +106,7 @@ def _peer(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    with init_distributed() as dist:
+    with init_distributed("cpu") as dist:
         results = {name: train_three_steps(dist, network) for name, network in JOBS.items()}
     torch.save(results, Path(folder) / f"{rank}.pt")
 
@@ -142,6 +143,59 @@ def test_without_bn_two_processes_equal_one_also_in_an_uneven_batch(outcomes):
 def test_sync_bn_on_a_cpu_is_refused():
     with pytest.raises(UserError, match="sync_bn needs GPUs"):
         distribute(network_without_bn(), dist_env(world_size=2), sync_bn=True)
+
+
+@pytest.fixture
+def group_of_one(device):
+    """A process group of this process alone, as `init_distributed` makes it for several."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = f"tcp://127.0.0.1:{free_port()}"
+    torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1)
+    # It says two, so that networks are wrapped and converted as for several.
+    yield DistEnv(0, 0, 2, device)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("sync_bn", [False, True])
+def test_a_group_of_one_process_trains_as_none_also_over_nccl(group_of_one, sync_bn, device):
+    if sync_bn and device.type == "cpu":
+        return  # refused, see above
+    images, labels = (part.to(device) for part in images_and_labels())
+    batches, config = [(images, labels)] * 2, config_with()
+    trained = []
+    for wrapped in (False, True):
+        student = step2_network().to(device)
+        model = distribute(student, group_of_one, sync_bn) if wrapped else student
+        optimizer = build_optimizer(student, config)
+        train_one_epoch(model, None, batches, optimizer, config, TrainState())
+        broadcast_buffers(student)
+        trained.append(student.state_dict())
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@on_gpu
+def test_sync_bn_of_two_processes_on_a_gpu_is_bn_of_the_whole_batch(device, tmp_path):
+    mp.spawn(_sync_bn_peer, (str(tmp_path), free_port()), nprocs=2)
+    bn, (images, _) = nn.BatchNorm2d(3).double().to(device), images_and_labels()
+    expected = bn(images.to(device)).cpu()
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat([y for y, _ in shares]), expected)
+    for _, mean in shares:
+        torch.testing.assert_close(mean, bn.running_mean.cpu())
+
+
+def _sync_bn_peer(rank: int, folder: str, port: int) -> None:
+    """Over gloo: NCCL takes no two processes on one GPU."""
+    store = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    device = torch.device("cuda", 0)
+    bn = distribute(nn.BatchNorm2d(3).double().to(device), DistEnv(rank, 0, 2, device), True)
+    images, _ = images_and_labels()
+    with torch.no_grad():
+        y = bn(images.tensor_split(2)[rank].to(device))
+    torch.save((y.cpu(), bn.module.running_mean.cpu()), Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def test_bn_statistics_are_per_process_by_default_and_rank_0s_are_kept(outcomes):

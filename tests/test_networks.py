@@ -21,12 +21,14 @@ TOLERANCE = 1e-8
 
 
 def relative_error(value: torch.Tensor, expected) -> float:
+    value = value.cpu()
     expected = torch.as_tensor(expected, dtype=torch.float64)
     return float((value - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def assert_summary(name: str, tensor: torch.Tensor, expected: dict) -> None:
     """`tensor` has the recorded norm, first four values and, to its norm's accuracy, sum."""
+    tensor = tensor.cpu()
     norm = expected["norm"]
     assert abs(tensor.norm().item() - norm) <= TOLERANCE * norm, name
     assert abs(tensor.sum().item() - expected["sum"]) <= TOLERANCE * norm * tensor.numel() ** 0.5, (
@@ -36,17 +38,12 @@ def assert_summary(name: str, tensor: torch.Tensor, expected: dict) -> None:
     assert (tensor.flatten()[:4] - first).abs().max() <= TOLERANCE * norm, name
 
 
-@pytest.fixture(scope="module", params=CASES)
-def case_and_model(request):
-    case = golden.read(request.param)
-    name, step = request.param.split("_step")
-    model = build_model(name, binary_weights=step == "2")
-    return case, golden.fill(model, case["salt"])
-
-
-def test_golden_numbers_of_the_released_code(case_and_model):
-    case, model = case_and_model
-    images, teacher_logits = golden.images(case), golden.teacher_logits(case)
+@pytest.mark.parametrize("name", CASES)
+def test_golden_numbers_of_the_released_code(name, device):
+    case = golden.read(name)
+    network, step = name.split("_step")
+    model = golden.fill(build_model(network, binary_weights=step == "2"), case["salt"]).to(device)
+    images, teacher_logits = golden.images(case).to(device), golden.teacher_logits(case).to(device)
 
     # BCDNet-A's in eval mode seem to be means with its second head, whose weights are not known.
     if case["case"] != "bcdnet_a_step2":

@@ -14,14 +14,17 @@ from utils.optim import build_optimizer
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
-def leaves(*shapes, layout=torch.contiguous_format):
+def leaves(device, *shapes, layout=torch.contiguous_format):
     torch.manual_seed(0)
-    values = [1.5 * torch.randn(shape).to(memory_format=layout) for shape in shapes]
-    return [value.requires_grad_() for value in values]
+    values = [1.5 * torch.randn(shape) for shape in shapes]
+    return [value.to(device, memory_format=layout).requires_grad_() for value in values]
 
 
 def assert_as_reference(layer, *inputs, value_tolerance=0.0, gradient_tolerance=1e-5):
     """`layer` has the values of its reference and the gradients of inputs and parameters."""
+    if inputs[0].is_cuda:  # its sums, of up to 150 terms of size 1, have an order of their own
+        value_tolerance, gradient_tolerance = 10 * value_tolerance, 10 * gradient_tolerance
+    layer = layer.to(inputs[0].device)
     other = reference.to_reference(layer)
     assert type(other) is not type(layer)
     results = []
@@ -39,15 +42,15 @@ def assert_as_reference(layer, *inputs, value_tolerance=0.0, gradient_tolerance=
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("ste", binarize.ACTIVATION_STES)
-def test_rsign_has_the_reference_values_and_gradients(ste, layout):
-    x, shift = leaves((4, 6, 5, 7), (1, 6, 1, 1), layout=layout)
+def test_rsign_has_the_reference_values_and_gradients(device, ste, layout):
+    x, shift = leaves(device, (4, 6, 5, 7), (1, 6, 1, 1), layout=layout)
     y = assert_as_reference(binarize.Sign(ste), x, shift)
     assert y.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("shifts", [False, True])
-def test_rprelu_has_the_reference_values_and_gradients(shifts):
-    x, before, after = leaves((4, 6, 5, 7), (1, 6, 1, 1), (1, 6, 1, 1))
+def test_rprelu_has_the_reference_values_and_gradients(device, shifts):
+    x, before, after = leaves(device, (4, 6, 5, 7), (1, 6, 1, 1), (1, 6, 1, 1))
     layer = binarize.RPReLU(6)
     layer.weight.data.uniform_(-0.5, 1.5)
     x.data[0, :, 0, 0] = -before[0, :, 0, 0] if shifts else 0.0  # as sums of +-1 often are
@@ -55,24 +58,25 @@ def test_rprelu_has_the_reference_values_and_gradients(shifts):
 
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
-def test_binary_convolution_has_the_reference_values_and_gradients(kernel, stride, padding):
+def test_binary_convolution_has_the_reference_values_and_gradients(device, kernel, stride, padding):
     conv = binarize.BinaryConv2d(6, 4, kernel, stride, padding, bias=False, latent_init="symmetric")
     conv.weight.data.mul_(8)  # so that some latent weights are beyond 1
     assert (conv.weight.abs() > 1).any()
-    assert_as_reference(conv, *leaves((2, 6, 9, 8)), value_tolerance=1e-5)
+    assert_as_reference(conv, *leaves(device, (2, 6, 9, 8)), value_tolerance=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("size", [(6, 8), (5, 8), (6, 7), (1, 1)])
-def test_average_pooling_has_the_values_and_gradients_of_torchs_own(size, layout):
-    inputs = leaves((2, 3, *size), layout=layout)
+def test_average_pooling_has_the_values_and_gradients_of_torchs_own(device, size, layout):
+    inputs = leaves(device, (2, 3, *size), layout=layout)
     assert_as_reference(AvgPool2x2(), *inputs, gradient_tolerance=0.0)
 
 
-def test_the_weight_binarizer_is_the_reference_one_to_a_rounding():
-    (w,) = leaves((8, 4, 3, 3))
+def test_the_weight_binarizer_is_the_reference_one_to_a_rounding(device):
+    (w,) = leaves(device, (8, 4, 3, 3))
+    tolerance = {"rtol": 1e-6 if w.is_cuda else 3e-7, "atol": 0}  # there in another order
     torch.testing.assert_close(
-        binarize.binarize_weight(w), reference.binarize_weight(w), rtol=3e-7, atol=0
+        binarize.binarize_weight(w), reference.binarize_weight(w), **tolerance
     )
 
 
@@ -81,7 +85,7 @@ TIED = {"strong_baseline_r18", "real_to_binary_r18", "meliusnet29"}
 
 
 @pytest.mark.parametrize("name", sorted(TIED))
-def test_gradients_in_float64_are_those_of_the_reference_network(name):
+def test_gradients_in_float64_are_those_of_the_reference_network(name, device):
     torch.manual_seed(0)
     options = {"width": narrow(name, 1 / 8), "small_images": True, "latent_init": "symmetric"}
     model = build_model(name, num_classes=5, **options).double()
@@ -92,7 +96,8 @@ def test_gradients_in_float64_are_those_of_the_reference_network(name):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.bias)  # else a value that is the mean meets Sign(0)
-    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64).to(device)
+    model.to(device)
     logits, gradients = [], []
     for network in (model, reference.to_reference(model)):
         logits.append(network(images))
@@ -103,10 +108,10 @@ def test_gradients_in_float64_are_those_of_the_reference_network(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - TIED))
-def test_twenty_steps_in_float64_are_those_of_the_reference_network(name):
+def test_twenty_steps_in_float64_are_those_of_the_reference_network(name, device):
     torch.manual_seed(0)
     options = {"width": 1 / 16, "small_images": True, "latent_init": "symmetric"}
-    model = build_model(name, num_classes=5, **options).double()
+    model = build_model(name, num_classes=5, **options).double().to(device)
     other = reference.to_reference(model)
     config = config_with(learning_rate=1e-2, weight_decay=1e-4)
     optimizers = [build_optimizer(network, config) for network in (model, other)]
@@ -116,7 +121,7 @@ def test_twenty_steps_in_float64_are_those_of_the_reference_network(name):
         targets = torch.randn(4, 5, generator=generator, dtype=torch.float64)
         for network, optimizer in zip((model, other), optimizers, strict=True):
             optimizer.zero_grad()
-            soft_target_loss(network(images), targets).backward()
+            soft_target_loss(network(images.to(device)), targets.to(device)).backward()
             optimizer.step()
     for (key, mine), theirs in zip(
         model.state_dict().items(), other.state_dict().values(), strict=True
@@ -125,7 +130,7 @@ def test_twenty_steps_in_float64_are_those_of_the_reference_network(name):
 
 
 def test_only_inputs_are_saved_for_the_backward_pass():
-    x, before, after = leaves((2, 6, 8, 8), (1, 6, 1, 1), (1, 6, 1, 1))
+    x, before, after = leaves("cpu", (2, 6, 8, 8), (1, 6, 1, 1), (1, 6, 1, 1))
     layers = binarize.Sign(), binarize.RPReLU(6), binarize.BinaryConv2d(6, 6, 3, padding=1)
     sign, rprelu, conv = layers
     saved = []
