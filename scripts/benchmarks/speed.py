@@ -13,7 +13,7 @@ workers     batches of a training run's loader, by its number of processes
 
 Each line is measured in a process of its own.  --output writes `results.json`, from it `table.md`
 and `speed.png` (these two again with --redraw), and `profile.txt`, the costliest operations of the
-last step.  Loading needs requirements-decoder.txt.
+last step.  Loading leaves nvimagecodec out where requirements-decoder.txt is not installed.
 """
 
 import argparse
@@ -31,9 +31,10 @@ from scripts.benchmarks import loading, timing, training
 from scripts.benchmarks.page import add_output_options, table, write_page
 from scripts.benchmarks.timing import DEVICE, describe, in_fresh_process, rate_with_range
 from scripts.benchmarks.training import PEAK, SAVED, TEACHER
-from utils.data.decode import DECODERS
+from utils.data.decode import DECODERS, nvimagecodec
 from utils.data.transforms import RESIZE
 from utils.run.command_line import Parser, command, positive
+from utils.run.errors import UserError
 
 PASSES = ["step", "evaluation", "measures"]
 LOADING = ["loader", "workers"]
@@ -103,7 +104,8 @@ def measure_passes(arguments: argparse.Namespace) -> Iterator[dict]:
 
 def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
     """The transforms of one process, and whole loaders with as many workers as there are cores."""
-    choices = list(product(DECODERS, RESIZE))
+    decoders = [name for name in DECODERS if can_decode(name)]
+    choices = list(product(decoders, RESIZE))
     workers = [0, *(2**n for n in range(8) if 2**n <= os.cpu_count())]
     cases = {"loader": (arguments.images, ()), "workers": (4 * arguments.images, workers)}
     for what in (what for what in LOADING if what in arguments.only):
@@ -114,6 +116,15 @@ def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
         )
         print(describe(comparison, images), flush=True)
         yield {"what": what, "images": images} | comparison
+
+
+def can_decode(decoder: str) -> bool:
+    """Whether its package is there; one line says that it is not."""
+    try:
+        return decoder == "pil" or bool(nvimagecodec())
+    except UserError as error:
+        print(f"left out: {error}")
+        return False
 
 
 def as_markdown(results: dict) -> str:
