@@ -10,9 +10,17 @@ from conftest import ROOT
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 
-from models import build_model
+from models import MODELS, build_model
 from models.export.openvino import write_openvino
-from scripts.benchmarks.inference import BASELINE, CONTENDERS, as_markdown, median_seconds
+from scripts.benchmarks.inference import (
+    BASELINE,
+    CONTENDERS,
+    INT8,
+    PUBLISHED,
+    as_markdown,
+    draw,
+    median_seconds,
+)
 from scripts.benchmarks.timing import fresh_process
 
 BITS = [contender for contender in CONTENDERS if contender.file == "network.xml"]
@@ -34,8 +42,9 @@ def test_a_contender_is_measured_in_its_process_with_its_kernels(tmp_path, conte
 
 
 def results() -> dict:
-    row = {"threads": 1, "published": 70.5}
-    row |= {"images_per_second": 125.0, "kernels": {"BinaryConvolution jit_avx512_u1": 26}}
+    row = {"threads": 1, "kernels": {"BinaryConvolution jit_avx512_u1": 26}}
+    measured = [(BASELINE, "reactnet_a", 100.0), ("OpenVINO, 1 bit", "reactnet_a", 8.0)]
+    measured += [(name, name, 10.0) for name in (*MODELS, *INT8) if name != "reactnet_a"]
     return {
         "date": "2026-01-01",
         "machine": "2 cores",
@@ -45,10 +54,10 @@ def results() -> dict:
         "rounds": 3,
         "rows": [
             row
-            | {"name": name, "batch": batch, "milliseconds": ms}
+            | {"name": name, "network": network, "batch": batch, "milliseconds": ms}
             | {"low": ms - 0.5, "high": ms + 1}
             for batch in (1, 16)
-            for name, ms in ((BASELINE, 100.0), ("OpenVINO, 1 bit", 8.0))
+            for name, network, ms in measured
         ],
     }
 
@@ -62,6 +71,17 @@ def test_table_and_picture_come_from_the_results(run_script, tmp_path):
     assert "| 8.0 (7.5 to 9.0) | 125 | 12.50 |" in " ".join(table.split())
     assert "26 BinaryConvolution jit_avx512_u1" in table
     assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_network_is_compared_and_drawn_at_its_published_accuracy():
+    assert {c.network for c in CONTENDERS if c.network} == PUBLISHED.keys() == {*MODELS, *INT8}
+    (axes,) = draw(results()).axes
+    points = axes.get_legend_handles_labels()[0]
+    accuracies = {PUBLISHED[row["network"]] for row in results()["rows"]}
+    assert {float(point.lines[0].get_ydata()[0]) for point in points} == accuracies
+    looks = {(point.lines[0].get_color(), point.lines[0].get_marker()) for point in points}
+    assert len(looks) == len(points) == 1 + len(PUBLISHED)
+    assert len({colour for colour, _ in looks}) == 3
 
 
 def test_missing_folders_and_results_are_one_sentence(run_script, tmp_path):
