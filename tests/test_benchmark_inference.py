@@ -5,13 +5,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from torch import nn
 
 pytest.importorskip("openvino")
 pytest.importorskip("onnxruntime")
 
 from models import MODELS, build_model
+from models.export.onnx import write_onnx
 from models.export.openvino import write_openvino
+from models.layers import GlobalAvgPool
 from scripts.benchmarks.inference import (
     BASELINE,
     CONTENDERS,
@@ -20,6 +24,8 @@ from scripts.benchmarks.inference import (
     as_markdown,
     draw,
     median_seconds,
+    openvino,
+    write_int8,
 )
 from scripts.benchmarks.timing import fresh_process
 
@@ -39,6 +45,16 @@ def test_a_contender_is_measured_in_its_process_with_its_kernels(tmp_path, conte
     assert not any("ref" in kernel for kernel in binary)
     if contender.environment:
         assert binary == {"BinaryConvolution jit_avx2_u1": 26}
+
+
+def test_what_is_called_int8_is_computed_in_int8(tmp_path):
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.ReLU(), GlobalAvgPool()]
+    real, quantized = tmp_path / "real.onnx", tmp_path / "int8.onnx"
+    write_onnx(nn.Sequential(*layers).eval(), real, 32, None, 32)
+    write_int8(real, quantized, 32)
+    _, kernels = openvino(quantized, 1, torch.zeros(1, 3, 32, 32))
+    assert sum(kernels.values()) == 2
+    assert all(name.lower().endswith("i8") for name in kernels), kernels
 
 
 def results() -> dict:
