@@ -118,6 +118,7 @@ class NetworkOptions:
     width: float = 1.0  # multiplies every channel count
     small_images: bool = False  # for 32 pixels: stride 8, not 32; the head still sees 4x4 positions
     latent_init: str = "positive"  # start of latent weights, as released, or "symmetric"
+    latent_scale: float = 1.0  # multiplies them at the start
 
     def sign(self) -> nn.Module:
         """The layer before a convolution that may be binary."""
@@ -126,7 +127,9 @@ class NetworkOptions:
     def conv(self, *args, **kwargs) -> LatentConv2d:
         """A convolution that may be binary, without bias; arguments as of `nn.Conv2d`."""
         if self.binary_weights:
-            return BinaryConv2d(*args, bias=False, latent_init=self.latent_init, **kwargs)
+            conv = BinaryConv2d(*args, bias=False, latent_init=self.latent_init, **kwargs)
+            conv.weight.data.mul_(self.latent_scale)
+            return conv
         return LatentConv2d(*args, bias=False, **kwargs)
 
     def scaled(self, counts: Sequence[int], groups: int = 1) -> list[int]:

@@ -1,14 +1,13 @@
 """Experiments: their files, the runner, the drawings, and what goes wrong with them."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from conftest import TINY, command_line
 from filelock import FileLock
-from process import wait_until
 
 import scripts.experiments.__main__ as runner
 from scripts.experiments.measures import MEASURES
@@ -19,7 +18,7 @@ from utils.checkpoint.manager import epoch_checkpoint_path
 from utils.run.errors import UserError
 
 TABLES_AND_FIGURES = {*(f"table{n}" for n in range(1, 5)), *(f"fig{n}" for n in range(1, 9))}
-EXPERIMENTS = TABLES_AND_FIGURES | {"precision"}
+EXPERIMENTS = TABLES_AND_FIGURES | {"table1_epochs", "fig34_layers", "beyond1", "precision", "scan"}
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -41,7 +40,9 @@ def experiment(run_script, options, tmp_path):
 
 def pretend_finished(name: str, options: list[str], out: Path, **record) -> None:
     """Folders of finished runs that hold one record and no checkpoint."""
-    for run in resolve_runs(read_experiment(name, "quick"), "quick", 1, out / "runs", options):
+    for run in resolve_runs(
+        read_experiment(name, "quick"), "quick", range(1), out / "runs", options
+    ):
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
 
@@ -55,8 +56,9 @@ def test_there_is_one_file_for_each_table_and_figure_and_all_can_be_measured_and
 @pytest.mark.parametrize("name", sorted(EXPERIMENTS))
 def test_every_experiment_resolves_at_every_scale(name, scale, tmp_path):
     experiment = read_experiment(name, scale)
-    runs = resolve_runs(experiment, scale, 2, tmp_path, [])
-    assert len({run.folder for run in runs}) == len(runs) == 2 * len(experiment.runs)
+    runs = resolve_runs(experiment, scale, range(2), tmp_path, [])
+    once = sum(options.get("seeds") == 1 for options in experiment.runs.values())
+    assert len({run.folder for run in runs}) == len(runs) == 2 * len(experiment.runs) - once
     for run in runs:
         after = experiment.runs[run.name].get("after")
         if after:
@@ -69,7 +71,8 @@ def test_every_experiment_resolves_at_every_scale(name, scale, tmp_path):
 
 def test_experiments_share_a_run_of_the_same_settings_and_no_other(tmp_path):
     def folder(name, run, *options):
-        runs = resolve_runs(read_experiment(name, "small"), "small", 1, tmp_path, list(options))
+        experiment = read_experiment(name, "small")
+        runs = resolve_runs(experiment, "small", range(1), tmp_path, list(options))
         return next(r.folder.name.rpartition("-")[2] for r in runs if r.name == run)
 
     adam = folder("fig2", "binary, Adam")
@@ -79,6 +82,25 @@ def test_experiments_share_a_run_of_the_same_settings_and_no_other(tmp_path):
     assert adam == folder("fig2", "binary, Adam", "--workers", "3")
     two_step = folder("table1", "two-step, low -> 0")
     assert two_step == folder("fig7", "Adam two-step") != folder("table1", "two-step, high -> 0")
+    assert two_step == folder("table4", "activations first (BABW)")
+    assert two_step != folder("table4", "activations first (BABW), taught")
+
+
+def test_a_run_may_learn_from_another_last_longer_and_have_fewer_seeds(tmp_path):
+    experiment = read_experiment("table4", "quick")
+
+    def resolved(out, *options):
+        runs = resolve_runs(experiment, "quick", range(100, 102), out, list(options))
+        return {(run.name, run.seed): run for run in runs}
+
+    runs = resolved(tmp_path, "--epochs", "3")
+    teacher, taught = runs["teacher", 100], runs["weights first (BWBA), taught", 101]
+    assert ("teacher", 101) not in runs
+    assert taught.parents == [runs["weights first, step 1, taught", 101], teacher]
+    assert taught.config.teacher == str(teacher.folder / BEST)
+    assert runs["one-step, twice as long", 100].config.epochs == 6
+    elsewhere = resolved(tmp_path / "elsewhere", "--epochs", "3")
+    assert [r.folder.name for r in elsewhere.values()] == [r.folder.name for r in runs.values()]
 
 
 def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experiment, tmp_path):
@@ -93,7 +115,13 @@ def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experimen
 
     logs = {path: path.read_text() for path in tmp_path.glob("runs/*/log.txt")}
     assert len(logs) == 2
-    assert experiment("fig5").code == 0
+    assert experiment("fig4", "--jobs", 2, "--out", tmp_path / "two").code == 0
+    for name in ("fig4.csv", "fig4.png"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert experiment("fig5", "fig3", "fig34_layers", "fig2", "--finished").code == 2  # 2 runs lack
+    pictures = {path.stem for path in tmp_path.glob("*.png")}
+    assert pictures == {"fig2", "fig3", "fig34_layers", "fig4", "fig5"}
+    assert {row["run"] for row in rows_of(tmp_path / "fig2.csv")} > {"binary, Adam"}
     assert {path: path.read_text() for path in tmp_path.glob("runs/*/log.txt")} == logs
 
     broken = next(tmp_path.glob("runs/adam*")) / epoch_checkpoint_path(".", 0)
@@ -106,7 +134,7 @@ def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experimen
 def test_two_nodes_end_to_end(experiment, tmp_path):
     result = experiment("fig6")
     assert result.code == 0, result.err
-    last = {row["run"]: row for row in rows_of(tmp_path / "fig6.csv") if row["step"] == "1000"}
+    last = {row["run"]: row for row in rows_of(tmp_path / "fig6.csv") if row.get("step") == "1000"}
     assert float(last["SGD"]["y"]) > 1 and float(last["Adam"]["y"]) < -1
     assert (tmp_path / "fig6.png").exists()
 
@@ -114,16 +142,18 @@ def test_two_nodes_end_to_end(experiment, tmp_path):
 def test_an_interrupted_grid_goes_on_and_a_changed_one_starts_anew(experiment, tmp_path):
     first = experiment("fig1")
     assert first.code == 0, first.err
-    assert first.out.count("25 of 25 points to compute") == 2
+    assert first.out.count("25 of 25 points") == 4
     table = tmp_path / "fig1.csv"
     rows, lines = rows_of(table), table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:8]))
     second = experiment("fig1")
-    assert "real-valued: 18 of 25 points" in second.out and "binary: 25 of 25" in second.out
+    assert "real-valued, BN frozen: 18 of 25" in second.out
+    assert "binary, BN frozen: 25 of 25" in second.out
     assert rows_of(table) == rows
-    assert "binary: 0 of 25" in experiment("fig1").out
+    assert "binary, BN recalibrated: 0 of 25" in experiment("fig1").out
 
-    centre = [row for row in rows if float(row["alpha"]) == float(row["beta"]) == 0]
+    centre = [row for row in rows if row["batch_norm"] == "frozen" and row["distance"] == "0"]
+    assert all(row["rise"] == "0" for row in centre)
     for row, run in zip(centre, ("real-valued", "binary"), strict=True):
         history = read_checkpoint(next(tmp_path.glob(f"runs/{run}-*")) / NEWEST).content["history"]
         assert float(row["loss"]) == pytest.approx(history[-1]["val_loss"], rel=1e-4)
@@ -142,33 +172,98 @@ def test_unknown_experiment_scale_and_option_list_what_there_is(experiment):
 
 def test_a_run_that_stops_says_which_and_why(experiment, tmp_path):
     result = experiment("fig4", "--data", tmp_path / "nowhere")
-    result.assert_one_sentence("run 'SGD' stopped", f"{tmp_path}/nowhere/train does not exist")
+    for run in ("SGD", "Adam"):  # the first does not stop the second
+        result.assert_one_sentence(f"run '{run}', seed 0, stopped: data folder {tmp_path}/nowhere")
     assert not (tmp_path / "fig4.csv").exists()
 
 
-def test_a_run_that_another_command_trains_is_waited_for_after_all_others(
-    options, tmp_path, monkeypatch, capsys
-):
-    def finish(run, trained_by):
-        trained_by.append(run.name)
-        (run.folder / "metrics.jsonl").write_text("{}\n" * run.config.epochs)
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Names of the runs whose training was started, each of which ends at once."""
+    names = []
 
-    here, there = [], []
-    monkeypatch.setattr(runner, "train", lambda run: finish(run, here))
-    runs = resolve_runs(read_experiment("fig7", "quick"), "quick", 1, tmp_path, options)
+    class Training:
+        def __init__(self, run, lock, job, jobs):
+            self.run, self.lock = run, lock
+            names.append(run.name)
+
+        def has_ended(self) -> bool:
+            return True
+
+        def close(self) -> str:
+            self.lock.release()
+            if self.run.name.startswith("bad"):
+                return f"{self.run.name} stopped"
+            finish(self.run)
+            return ""
+
+    monkeypatch.setattr(runner, "Training", Training)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0)
+    return names
+
+
+def finish(run) -> None:
+    (run.folder / "metrics.jsonl").write_text("{}\n" * run.config.epochs)
+
+
+def resolved(experiment, options, out) -> list:
+    runs = resolve_runs(experiment, "quick", range(1), out, options)
     for run in runs:
         run.folder.mkdir()
+    return runs
+
+
+def test_a_run_that_another_command_trains_is_waited_for_after_all_others(
+    options, tmp_path, monkeypatch, capsys, trained
+):
+    runs = resolved(read_experiment("fig7", "quick"), options, tmp_path)
     shared = next(run for run in runs if run.name == "Adam step 1")
-    printed = []
-    with FileLock(shared.folder / runner.LOCK):
-        thread = Thread(target=runner.train_missing, args=(runs,), daemon=True)
-        thread.start()
-        wait_until(lambda: printed.append(capsys.readouterr().out) or "waiting" in printed[-1])
-        assert here == ["Adam one-step", "SGD one-step", "SGD step 1", "SGD two-step"]
-        finish(shared, there)
-    thread.join()
-    assert f"waiting for another command to train {shared.folder}" in "".join(printed)
-    assert here[4:] == ["Adam two-step"] and there == ["Adam step 1"]
+    lock = FileLock(shared.folder / runner.LOCK)
+    lock.acquire()
+
+    def end_there(_):
+        if len(trained) == len(runs) - 2 and lock.is_locked:  # all but it and its child
+            assert (
+                f"waiting for another command to train {shared.folder}" in capsys.readouterr().out
+            )
+            finish(shared)
+            lock.release()
+
+    monkeypatch.setattr(runner.time, "sleep", end_there)
+    assert runner.train_missing(runs) == []
+    assert shared.name not in trained and trained[-1] == "Adam two-step"
+    assert all(run.is_finished() for run in runs)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_a_run_that_stops_takes_only_its_descendants_along(options, tmp_path, trained, jobs):
+    experiment = read_experiment("fig2", "quick")
+    first = {"step": 1}
+    family = {
+        "bad": first,
+        "good": first | {"width": 0.25},
+        "child": {"step": 2, "after": "bad"},
+        "grandchild": {"step": 2, "after": "child", "width": 0.25},
+        "other": {"step": 2, "after": "good"},
+    }
+    experiment = dataclasses.replace(experiment, runs=family)
+    runs = resolved(experiment, options, tmp_path)
+    assert runner.train_missing(runs, jobs) == ["bad stopped"]
+    assert trained == ["bad", "good", "other"]
+    assert runner.train_missing(runs, jobs) == ["bad stopped"]
+    assert trained[3:] == ["bad"]
+
+
+def test_progress_tells_the_hours_left_from_the_epochs_recorded(options, tmp_path):
+    runs = resolved(read_experiment("fig4", "quick"), [*options, "--epochs", "10"], tmp_path)
+    speeds = {"train_images": 900, "train_images_per_second": 1, "val_images": 0}
+    record = json.dumps(speeds | {"val_images_per_second": 1}) + "\n"
+    assert "0 of 20 epochs, time left not known yet" in runner.progress(runs, 2)
+    (runs[0].folder / "metrics.jsonl").write_text(4 * record)
+    # 16 epochs of 900 s on 2 cores.
+    assert runner.progress(runs, jobs=2) == "0 of 2 runs, 4 of 20 epochs, 2.0 h left"
+    (runs[0].folder / "metrics.jsonl").write_text(10 * record)
+    assert runner.progress(runs, jobs=1) == "1 of 2 runs, 10 of 20 epochs, 2.5 h left"
 
 
 def test_a_table_without_a_needed_column_or_rows_is_one_sentence(experiment, tmp_path):

@@ -70,7 +70,7 @@ def test_a_new_experiment_resolves_to_its_runs(tmp_path, monkeypatch, scale):
     (tmp_path / "estimators.yaml").write_text(example("A new experiment", "yaml"))
     (tmp_path / "scales").symlink_to(ROOT / "scripts" / "experiments" / "scales")
     experiment = spec.read_experiment("estimators", scale)
-    runs = spec.resolve_runs(experiment, scale, seeds=1, out=tmp_path / "runs", options=[])
+    runs = spec.resolve_runs(experiment, scale, seeds=range(1), out=tmp_path / "runs", options=[])
     assert [(run.name, run.config.activation_ste) for run in runs] == [
         ("clip", "clip"),
         ("polynomial", "polynomial"),

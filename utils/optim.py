@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from utils.binarize import LatentConv2d
 from utils.run.errors import UserError
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
@@ -15,11 +16,12 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
 def build_optimizer(model: nn.Module, config) -> Optimizer:
     """Adam with coupled L2 (decay is added to the gradient) on one of its two parameter groups.
 
-    Group 0 is left alone, group 1 decays: the order of the released optimizer states.
+    Group 0 is left alone, group 1 decays: the order of the released optimizer states.  Latent
+    weights are a third group, which decays too, if they have a rate of their own.
 
     Args:
-        config: its `learning_rate`, `weight_decay`, `decay_group`, `optimizer` (the name of another
-            one of `torch.optim`) and `optimizer_options` (arguments of its constructor).
+        config: its `learning_rate`, `latent_rate`, `weight_decay`, `decay_group`, `optimizer` (the
+            name of another one of `torch.optim`) and `optimizer_options` (of its constructor).
 
     Raises:
         UserError: no such optimizer, one without weight decay, or options it does not take.
@@ -29,15 +31,23 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
     if not (isinstance(constructor, type) and issubclass(constructor, Optimizer)):
         raise UserError(f"unknown optimizer {name!r}: name one of torch.optim, such as Adam or SGD")
     decays = DECAY_GROUPS[config.decay_group]
-    groups: list[list[nn.Parameter]] = [[], []]
+    groups: list[list[nn.Parameter]] = [[], [], []]
+    latent = {m.weight for m in model.modules() if isinstance(m, LatentConv2d)}
     for parameter_name, parameter in model.named_parameters():
-        groups[decays(parameter_name, parameter)].append(parameter)
+        has_own_rate = parameter in latent and config.latent_rate != 1
+        groups[2 if has_own_rate else decays(parameter_name, parameter)].append(parameter)
+    decay = {"weight_decay": config.weight_decay}
     options = (ADAM if name == "Adam" else {}) | (config.optimizer_options or {})
     try:
         optimizer = constructor(
             [
                 {"params": groups[False], "weight_decay": 0.0},
-                {"params": groups[True], "weight_decay": config.weight_decay},
+                {"params": groups[True], **decay},
+                *(
+                    [{"params": groups[2], "rate": config.latent_rate, **decay}]
+                    if groups[2]
+                    else ()
+                ),
             ],
             lr=config.learning_rate,
             **options,
@@ -93,10 +103,10 @@ SCHEDULES: dict[str, Callable[[int, int], float]] = {
 
 
 def set_learning_rate(optimizer: Optimizer, epoch: int, config) -> float:
-    """Give all parameter groups the rate of `epoch`, and return it."""
+    """Give all parameter groups the rate of `epoch`, times their own, and return it."""
     rate = config.learning_rate * SCHEDULES[config.schedule](epoch, config.epochs)
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate", 1.0)
     return rate
 
 

@@ -1,22 +1,29 @@
-"""A table or figure of the paper: train what is missing, gather one CSV, draw the picture.
+"""Tables and figures of the paper: train what is missing, gather one CSV each, draw the pictures.
 
     python -m scripts.experiments table1 --quick               on built-in images, in minutes
     python -m scripts.experiments table1                       small scale, on CIFAR-10
+    python -m scripts.experiments table1 table4 fig7 --scale cifar10 --seeds 5 --jobs 2
     python -m scripts.experiments table1 --scale imagenet --data /path/to/imagenet
 
 Every option of the training programs goes to all runs (--epochs 20, --workers 4, ...).  The same
 command goes on after an interruption; runs that experiments have in common are trained once, also
-by commands at the same time.
+by commands at the same time.  Of several names all first seeds come first, then the second ones.
+A run that stops does not stop the others: the CSVs lack it, and the command ends with code 2.
 What it leaves is in OUT: runs/, NAME.csv and NAME.png.
 """
 
-import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from subprocess import DEVNULL, PIPE
+from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from scripts.experiments import spec
@@ -28,81 +35,200 @@ from utils.run.distributed import init_distributed
 from utils.run.errors import UserError
 
 LOCK = ".experiment.lock"  # not that of training, which is a process of its own
+POLL_SECONDS = 0.5
+PROGRESS_SECONDS = 300
 
 
 @command
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("name", help=", ".join(spec.experiment_names()))
+    names = ", ".join(spec.experiment_names())
+    parser.add_argument("names", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--scale", choices=spec.SCALES, default="small")
     parser.add_argument("--quick", action="store_const", dest="scale", const="quick")
     parser.add_argument("--seeds", type=positive, default=1, help="runs of each, seeds 0, 1, ...")
+    parser.add_argument("--first_seed", type=int, default=0, help="for a scan, with its own --out")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, a core each")
     parser.add_argument("--out", type=Path, help="default: scripts/out/SCALE")
-    parser.add_argument("--redraw", action="store_true", help="of OUT/NAME.csv, nothing trained")
+    parser.add_argument("--finished", action="store_true", help="only measure what is trained")
+    parser.add_argument("--redraw", action="store_true", help="of OUT/NAME.csv, nothing measured")
     arguments, options = parser.parse_known_args()
     out = (arguments.out or spec.ROOT / "scripts" / "out" / arguments.scale).absolute()
-    table, picture = (out / f"{arguments.name}.{suffix}" for suffix in ("csv", "png"))
+    seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+    problems = []
+    runs: dict[str, list[spec.Run]] = {}
     if not arguments.redraw:
-        measure(arguments, options, out, table)
-    draw(arguments.name, table, picture)
-    print(f"{table}\n{picture}")
+        for name in arguments.names:
+            runs[name] = resolve(name, arguments.scale, seeds, out, options)
+        if not arguments.finished:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            problems += train_missing(in_order(runs), arguments.jobs)
+    for name in arguments.names:
+        table, picture = (out / f"{name}.{suffix}" for suffix in ("csv", "png"))
+        try:
+            if not arguments.redraw:
+                measure(name, arguments.scale, runs[name], table)
+            print(draw(name, table, picture))
+            print(f"{table}\n{picture}")
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("; ".join(problems))
 
 
-def measure(arguments: argparse.Namespace, options: Sequence[str], out: Path, table: Path) -> None:
-    """Train what is missing and write the CSV."""
-    experiment = spec.read_experiment(arguments.name, arguments.scale)
-    runs = spec.resolve_runs(experiment, arguments.scale, arguments.seeds, out / "runs", options)
+def resolve(
+    name: str, scale: str, seeds: Sequence[int], out: Path, options: Sequence[str]
+) -> list[spec.Run]:
+    """The experiment's runs, with their folders."""
+    experiment = spec.read_experiment(name, scale)
+    runs = spec.resolve_runs(experiment, scale, seeds, out / "runs", options)
     try:
         for folder in (out, *(run.folder for run in runs)):  # which others find and share
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): pass --out") from error
-    train_missing(runs)
+    return runs
+
+
+def in_order(runs: Mapping[str, Sequence[spec.Run]]) -> list[spec.Run]:
+    """All runs once: by seed, then as experiments were named, so that each is soon complete."""
+    once = {run.folder: run for of_experiment in runs.values() for run in of_experiment}
+    return sorted(once.values(), key=lambda run: run.seed)
+
+
+def measure(name: str, scale: str, runs: Sequence[spec.Run], table: Path) -> None:
+    """Write the CSV of the runs that are finished.
+
+    Raises:
+        UserError: none is.
+    """
+    experiment = spec.read_experiment(name, scale)
+    finished = [run for run in runs if run.is_finished()]
+    if runs and not finished:
+        raise UserError(f"no run of {name} is finished")
     with init_distributed() as dist:
-        measured = MEASURES[experiment.measure](runs, experiment.settings, dist, table)
+        measured = MEASURES[experiment.measure](finished, experiment.settings, dist, table)
         published = ({"source": "published", **row} for row in experiment.published)
         write_table(table, [*measured, *published])
 
 
-def train_missing(runs: Sequence[spec.Run]) -> None:
-    """Train the runs that are not finished, last those that another command is training."""
+class Training:
+    """A run that a process of its own trains, or goes on with, as job number `job`."""
+
+    def __init__(self, run: spec.Run, lock: FileLock, job: int, jobs: int):
+        self.run, self.lock = run, lock
+        print(f"{run.name}, seed {run.seed}: {run.folder}", flush=True)
+        program = [spec.ROOT / "utils" / "launch.py", spec.ROOT / f"step{run.step}" / "train.py"]
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, *program, *run.arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=self.errors,
+            env=os.environ | one_device(job) if jobs > 1 else None,
+        )
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def close(self) -> str:
+        """Wait for its end; empty if all went well, or why not."""
+        code = self.process.wait()
+        self.lock.release()
+        with self.errors:
+            self.errors.seek(0)
+            *_, last_line = ["nothing on stderr", *self.errors.read().strip().splitlines()]
+        problem = f"run {self.run.name!r}, seed {self.run.seed}, stopped: "
+        return problem + last_line.removeprefix("error: ") if code else ""
+
+
+def one_device(job: int) -> dict[str, str]:
+    """Environment of one core, and of one of the GPUs where there are any."""
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    return {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible[job % len(visible)]}
+
+
+def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
+    """Train the runs that are not finished, `jobs` at a time, each after its parents.
+
+    A run that another command is training is left to it.  Whatever ends this function ends the
+    trainings as well, which save where they are.
+
+    Returns:
+        A sentence for each run that stopped.
+    """
     waiting = [run for run in runs if not run.is_finished()]
     print(f"{len(waiting)} of {len(runs)} runs to train", flush=True)
-    while waiting:
-        left = [run for run in waiting if not finish(run)]
-        if left == waiting:  # the first of them is in use, because parents come first
-            print(f"waiting for another command to train {left[0].folder}", flush=True)
-            with FileLock(left[0].folder / LOCK):
-                pass
-        waiting = left
-
-
-def finish(run: spec.Run) -> bool:
-    """Train a run; False if another command is doing so, or its parent is not finished."""
-    if run.parent and not run.parent.is_finished():
-        return False
+    active: dict[int, Training] = {}
+    problems: list[str] = []
+    told, reported = None, time.monotonic()
     try:
-        with FileLock(run.folder / LOCK, blocking=False):
+        while waiting or active:
+            for job in range(jobs):
+                if job not in active and (training := start_next(waiting, job, jobs)):
+                    active[job] = training
+            if waiting and not active and told != waiting[0]:
+                told = waiting[0]
+                print(f"waiting for another command to train {told.folder}", flush=True)
+            time.sleep(POLL_SECONDS)
+            for job in [job for job, training in active.items() if training.has_ended()]:
+                training = active.pop(job)
+                if problem := training.close():
+                    problems.append(problem)
+                    waiting = without_descendants(waiting, training.run)
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                reported = time.monotonic()
+                print(progress(runs, jobs), flush=True)
+    finally:
+        for training in active.values():
+            training.process.terminate()
+        for training in active.values():
+            training.close()
+    return problems
+
+
+def start_next(waiting: list[spec.Run], job: int, jobs: int) -> Training | None:
+    """Take the first run out of `waiting` that can be trained now, and start it."""
+    for run in list(waiting):
+        lock = FileLock(run.folder / LOCK, blocking=False)
+        if not all(parent.is_finished() for parent in run.parents):
+            continue
+        with contextlib.suppress(Timeout):
+            lock.acquire()
+            waiting.remove(run)
             if not run.is_finished():
-                print(f"{run.name}, seed {run.seed}: {run.folder}", flush=True)
-                train(run)
-    except Timeout:
-        return False
-    return True
+                return Training(run, lock, job, jobs)
+            lock.release()
+    return None
 
 
-def train(run: spec.Run) -> None:
-    """Train a run, or what is left of it, as a process of its own.
+def without_descendants(runs: Sequence[spec.Run], stopped: spec.Run) -> list[spec.Run]:
+    """The runs that need neither the run that stopped nor one that needs it."""
+    lost = {stopped.folder}
+    for run in runs:  # parents come first
+        if any(parent.folder in lost for parent in run.parents):
+            lost.add(run.folder)
+    return [run for run in runs if run.folder not in lost]
 
-    Raises:
-        UserError: it stopped; the message is its last line.
-    """
-    program = [spec.ROOT / "utils" / "launch.py", spec.ROOT / f"step{run.step}" / "train.py"]
-    arguments = [sys.executable, *program, *run.arguments]
-    process = subprocess.run(arguments, stdout=DEVNULL, stderr=PIPE, text=True)
-    if process.returncode:
-        *_, last_line = ["nothing on stderr", *process.stderr.strip().splitlines()]
-        raise UserError(f"run {run.name!r} stopped: {last_line.removeprefix('error: ')}")
+
+def progress(runs: Sequence[spec.Run], jobs: int) -> str:
+    """What is done, and the hours that the rest takes at the speed of the epochs recorded."""
+    records = [run.records() for run in runs]
+    done, total = sum(map(len, records)), sum(run.config.epochs for run in runs)
+    known = [epoch_seconds(record[-1]) for record in records if record]
+    finished, seconds = 0, 0.0
+    for run, record in zip(runs, records, strict=True):
+        each = epoch_seconds(record[-1]) if record else sum(known) / max(len(known), 1)
+        left = run.config.epochs - len(record)
+        seconds += each * left
+        finished += left == 0
+    hours = f"{seconds / jobs / 3600:.1f} h left" if known else "time left not known yet"
+    return f"{finished} of {len(runs)} runs, {done:,} of {total:,} epochs, {hours}"
+
+
+def epoch_seconds(record: Mapping[str, Any]) -> float:
+    parts = ("train", "val")
+    return sum(record[f"{part}_images"] / record[f"{part}_images_per_second"] for part in parts)
 
 
 if __name__ == "__main__":

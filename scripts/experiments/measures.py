@@ -1,22 +1,29 @@
 """What an experiment measures of its trained runs: the rows of its CSV."""
 
+import dataclasses
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from models.checkpoints import load_network
 from models.teacher import load_teacher
 from scripts.experiments import surface, two_nodes
 from scripts.experiments.spec import Run
-from scripts.experiments.table import read_table, write_table
+from scripts.experiments.table import as_text, read_table, write_table
 from utils import metrics
 from utils.checkpoint.checkpoint import NEWEST
 from utils.checkpoint.manager import epoch_checkpoint_path
 from utils.data.dataset import SeededDataset, open_train_images, open_val_images
 from utils.data.loader import PrefetchLoader, train_loader
+from utils.data.transforms import ValTransform
 from utils.engine import evaluate, train_one_epoch
 from utils.optim import build_optimizer, set_learning_rate
 from utils.run.distributed import DistEnv
@@ -25,27 +32,29 @@ from utils.run.state import TrainState
 
 ACTIVATION_LIMIT = 3.0
 RECALIBRATION_IMAGES = 1000
+LATENT_EPOCHS = 6  # of which Fig. 7 has histograms
 
 Runs = Sequence[Run]
 Settings = Mapping[str, Any]  # of the experiment
 Row = dict[str, Any]
 Rows = Iterator[Row]
+Layers = Mapping[str, Tensor]
 
 
 def identity(run: Run) -> Row:
     return {"source": "measured", "run": run.name, "seed": run.seed}
 
 
-def results(runs: Runs, *_) -> Rows:
+def results(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
     """One row per run: settings, FF as the mean over all iterations, final C2I, accuracy."""
-    settings = ("model", "optimizer", "learning_rate", "weight_decay", "epochs")
+    columns = ("model", "optimizer", "learning_rate", "weight_decay", "epochs")
     for run in runs:
         records = run.records()
         # All epochs have the same number of iterations.
         ff_ratios = [record["ff_ratio"] for record in records if "ff_ratio" in record]
-        yield identity(run) | {
+        row = identity(run) | {
             "step": run.step,
-            **{name: getattr(run.config, name) for name in settings},
+            **{name: getattr(run.config, name) for name in columns},
             "ff_ratio": sum(ff_ratios) / len(ff_ratios) if ff_ratios else None,
             "c2i_ratio": records[-1].get("c2i_ratio"),
             "train_top1": records[-1]["train_top1"],
@@ -53,27 +62,79 @@ def results(runs: Runs, *_) -> Rows:
             "top5": records[-1]["val_top5"],
             "best_top1": max(record["val_top1"] for record in records),
         }
+        if settings.get("decay_to_gradient") and run.config.weight_decay:
+            row["decay_to_gradient"] = decay_to_gradient(run, dist)
+        yield row
 
 
-def epochs(runs: Runs, *_) -> Rows:
-    """One row per epoch of each run."""
+def decay_to_gradient(run: Run, dist: DistEnv) -> float:
+    """weight_decay |w| / |gradient| of all latent weights, in the step after the first epoch."""
+    before, _, gradients = next_step(run, dist)
+    weight, gradient = (
+        torch.cat([value.flatten() for value in values.values()]).norm().item()
+        for values in (before, gradients)
+    )
+    return run.config.weight_decay * weight / gradient
+
+
+def epochs(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
+    """One row per epoch of each run; the last with `fixed_train_top1`, if settings ask for it."""
     columns = ("epoch", "learning_rate", "train_loss", "train_top1", "val_loss", "val_top1")
     columns += ("ff_ratio", "c2i_ratio")
     for run in runs:
+        *earlier, last = (
+            identity(run) | {column: record.get(column) for column in columns}
+            for record in run.records()
+        )
+        if "fixed_images" in settings:
+            last["fixed_train_top1"] = fixed_train_top1(run, settings["fixed_images"], dist)
+        yield from (*earlier, last)
+
+
+def fixed_train_top1(run: Run, count: int, dist: DistEnv) -> float:
+    """Top-1 of the finished run on training images as those of validation are: not augmented."""
+    config = dataclasses.replace(run.config, decoder="pil")
+    images = open_train_images(config, dist)
+    images.transform = ValTransform(config)
+    model = load_network(run.folder / NEWEST).model.to(dist.device)
+    return evaluate(model, evenly_spaced(images, count, run, dist)).results()["top1"]
+
+
+def layers(runs: Runs, *_) -> Rows:
+    """One row per epoch and binary convolution of each run, with the Sign before it."""
+    columns = ("ff_ratio", "c2i_ratio", "smallest_cam", "sdam")
+    for run in runs:
         for record in run.records():
-            yield identity(run) | {column: record.get(column) for column in columns}
+            signs = zip_longest(record["layers"].values(), record.get("saturation", {}).values())
+            for number, (layer, saturation) in enumerate(signs, start=1):
+                row = identity(run) | {"epoch": record["epoch"], "layer": number}
+                row |= {column: layer[column] for column in columns}
+                yield row | {"saturation": saturation}
 
 
 def latents(runs: Runs, *_) -> Rows:
-    """Histogram of all latent weights after each epoch: share of weights per bin [left, right]."""
+    """Histogram of all latent weights of step 2 after some epochs: share per bin [left, right].
+
+    rate_sum is the sum of the learning rates of all iterations so far.
+    """
     for run in runs:
-        for record in run.records():
+        if run.step == 1:  # there they are no latent weights yet
+            continue
+        records = run.records()
+        shown = np.linspace(0, len(records) - 1, LATENT_EPOCHS).round()
+        rate_sum = 0.0
+        for record in records:
             if "layers" not in record:
                 raise UserError(f"run {run.name!r} measured no latent weights: it has none")
+            iterations = record["train_images"] / run.config.batch_size
+            rate_sum += record["learning_rate"] * iterations
+            if record["epoch"] not in shown:
+                continue
+            constant = {"epoch": record["epoch"], "rate_sum": rate_sum, "top1": record["val_top1"]}
             histograms = [layer["latent_histogram"] for layer in record["layers"].values()]
             counts = [sum(column) for column in zip(*histograms, strict=True)]
             for row in histogram_rows(counts, metrics.HISTOGRAM_LIMIT):
-                yield identity(run) | {"epoch": record["epoch"], "top1": record["val_top1"]} | row
+                yield identity(run) | constant | row
 
 
 def histogram_rows(counts: Sequence[int], limit: float) -> Rows:
@@ -102,57 +163,74 @@ def activations(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
 def kernels(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
     """CAM of the first binary convolution's kernels after an epoch, and of the next update."""
     for run in runs:
-        loaded = load_network(epoch_checkpoint_path(run.folder, 0))
-        model = loaded.model.to(dist.device)
-        optimizer = build_optimizer(model, run.config)
-        optimizer.load_state_dict(loaded.checkpoint.content["optimizer"])
-        set_learning_rate(optimizer, 1, run.config)
-        batches = train_loader(open_train_images(run.config, dist), run.config, dist)
-        batches.set_epoch(1)
-        teacher = load_teacher(run.config, loaded.num_classes, dist.device)
-        weight = next(iter(metrics.latent_weights(model).values()))  # the step changes it in place
-        before = weight.clone()
-        train_one_epoch(model, teacher, [next(iter(batches))], optimizer, run.config, TrainState())
-        cams = metrics.channel_absolute_mean(before).tolist()
-        updates = metrics.channel_absolute_mean(weight - before).tolist()
+        before, after, _ = next_step(run, dist)
+        first = next(iter(before))
+        cams = metrics.channel_absolute_mean(before[first]).tolist()
+        updates = metrics.channel_absolute_mean(after[first] - before[first]).tolist()
         for kernel, (cam, update) in enumerate(zip(cams, updates, strict=True)):
             yield identity(run) | {"kernel": kernel, "cam": cam, "update_cam": update}
 
 
+def next_step(run: Run, dist: DistEnv) -> tuple[Layers, Layers, Layers]:
+    """Latent weights after the first epoch, after one step more, and that step's gradients."""
+    loaded = load_network(epoch_checkpoint_path(run.folder, 0))
+    model = loaded.model.to(dist.device)
+    optimizer = build_optimizer(model, run.config)
+    optimizer.load_state_dict(loaded.checkpoint.content["optimizer"])
+    set_learning_rate(optimizer, 1, run.config)
+    batches = train_loader(open_train_images(run.config, dist), run.config, dist)
+    batches.set_epoch(1)
+    teacher = load_teacher(run.config, loaded.num_classes, dist.device)
+    after = metrics.latent_weights(model)  # the step changes them in place
+    before = {name: weight.clone() for name, weight in after.items()}
+    train_one_epoch(model, teacher, [next(iter(batches))], optimizer, run.config, TrainState())
+    return before, after, {name: model.get_submodule(name).weight.grad for name in after}
+
+
 def loss_surface(runs: Runs, settings: Settings, dist: DistEnv, table: Path) -> Rows:
-    """Loss and top-1 on a grid over [-1, 1]^2; points that the CSV already has are not repeated."""
-    axis = torch.linspace(-1, 1, settings["points"], dtype=torch.float64).tolist()
+    """Loss and top-1 on a grid over [-1, 1]^2; points that the CSV already has are not repeated.
+
+    `distance` is that from the centre, `rise` the loss less that at the centre.
+    """
+    axis = np.linspace(-1, 1, settings["points"]).round(6).tolist()
     earlier = read_table(table) if table.exists() else []
-    known = {grid_point(row): row for row in earlier}
-    for run in runs:
-        constant = identity(run) | {"folder": run.folder.name}
-        constant |= {name: settings[name] for name in ("images", "batch_norm")}
+    known = {grid_point(row): row for row in earlier if "distance" in row}
+    for run, batch_norm in itertools.product(runs, settings["batch_norm"]):
+        constant = identity(run) | {"folder": run.folder.name, "images": settings["images"]}
+        constant |= {"batch_norm": batch_norm}
         grid = [constant | {"alpha": alpha, "beta": beta} for alpha in axis for beta in axis]
         missing = [row for row in grid if grid_point(row) not in known]
-        print(f"{run.name}: {len(missing)} of {len(grid)} points to compute", flush=True)
-        for row in with_losses(run, missing, settings, dist) if missing else ():
+        print(f"{run.name}, BN {batch_norm}: {len(missing)} of {len(grid)} points", flush=True)
+        for row in with_losses(run, missing, batch_norm, dist) if missing else ():
+            row["distance"] = round(math.hypot(row["alpha"], row["beta"]), 2)
             known[grid_point(row)] = row
             if row["beta"] == axis[-1]:
                 write_table(table, known.values())
-        yield from (known[grid_point(row)] for row in grid)
+        rows = [known[grid_point(row)] for row in grid]
+        centre = min(rows, key=lambda row: float(row["distance"]))
+        for row in rows:
+            row["rise"] = float(row["loss"]) - float(centre["loss"])
+        yield from rows
 
 
 def grid_point(row: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(str(row.get(n)) for n in ("folder", "images", "batch_norm", "alpha", "beta"))
+    names = ("folder", "images", "batch_norm", "alpha", "beta")
+    return tuple(str(as_text(row.get(name))) for name in names)
 
 
-def with_losses(run: Run, points: Sequence[Row], settings: Settings, dist: DistEnv) -> Rows:
+def with_losses(run: Run, points: Sequence[Row], batch_norm: str, dist: DistEnv) -> Rows:
     model = load_network(run.folder / NEWEST).model.to(dist.device)
     centre = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(run.seed)
     directions = tuple(surface.filter_normalised_direction(model, generator) for _ in range(2))
-    batches = evenly_spaced(open_val_images(run.config, dist), settings["images"], run, dist)
-    if settings["batch_norm"] == "recalibrated":
+    images = open_val_images(run.config, dist)
+    batches = evenly_spaced(images, points[0]["images"], run, dist)
+    if batch_norm == "recalibrated":
         train_images = open_train_images(run.config, dist)
         calibration = evenly_spaced(train_images, RECALIBRATION_IMAGES, run, dist)
     for point in points:
         surface.move_to(model, centre, directions, point["alpha"], point["beta"])
-        if settings["batch_norm"] == "recalibrated":
+        if batch_norm == "recalibrated":
             update_bn(calibration, model)
         meter = evaluate(model, batches)
         yield point | {name: meter.results()[name] for name in ("loss", "top1")}
@@ -170,17 +248,19 @@ def evenly_spaced(
 
 
 def two_node_paths(runs: Runs, settings: Settings, *_) -> Rows:
-    """(x, y) of each optimizer before each step and after the last."""
+    """(x, y) of each optimizer before every tenth step and after the last."""
     shared = {name: settings[name] for name in ("steps", "noise", "batch_size")}
-    for name, optimizer in settings["optimizers"].items():
-        path = two_nodes.descend(**optimizer, **shared, seed=0)
-        for step, (x, y) in enumerate(path.tolist()):
-            yield {"source": "measured", "run": name, "step": step, "x": x, "y": y}
+    for seed, name in itertools.product(range(settings["seeds"]), settings["optimizers"]):
+        path = two_nodes.descend(**settings["optimizers"][name], **shared, seed=seed).tolist()
+        for step in range(0, len(path), 10):
+            x, y = path[step]
+            yield {"source": "measured", "run": name, "seed": seed, "step": step, "x": x, "y": y}
 
 
 MEASURES = {
     "results": results,
     "epochs": epochs,
+    "layers": layers,
     "latents": latents,
     "activations": activations,
     "kernels": kernels,

@@ -1,171 +1,284 @@
-"""Draw a table or figure of the paper from its CSV, and print its numbers as a Markdown table."""
+"""Draw a table or figure of the paper from its CSV, and make a Markdown table of its numbers."""
 
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.experiments.table import Table, read_table
+from scripts.experiments.verdicts import margin_of
 from utils.checkpoint.files import atomic_write
 from utils.run.command_line import markdown_table
 
 plt.switch_backend("Agg")
 plt.rcParams["figure.constrained_layout.use"] = True
+# Lines differ in more than their colour, for who prints them.
+DASHES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)), "-", "--", "-."]
+MARKERS = ["o", "s", "^", "v", "D", "P", "X", "<", ">", "p"]
 
 HERE_AND_PAPER = ("here", "published (ImageNet)")
-COLOURS = {"SGD": "tab:orange", "Adam": "tab:blue"}
+OPTIMIZERS = {
+    "SGD": {"color": "tab:orange", "linestyle": "--", "marker": "s"},
+    "Adam": {"color": "tab:blue", "linestyle": "-", "marker": "o"},
+}
 STAR = {"marker": "*", "s": 120, "edgecolors": "black", "linewidths": 0.6, "zorder": 3}
 Drawing = tuple[Figure, list[list[str]]]  # and the rows of the Markdown table, header first
 
 
-def mean_and_range(values: np.ndarray, form: str = ".2f") -> str:
-    """The mean over seeds and, where there are several, the range; empty without any."""
+def line_style(place: int) -> dict[str, Any]:
+    """Of one line among others."""
+    place %= 10
+    return {"color": f"C{place}", "linestyle": DASHES[place], "marker": MARKERS[place]}
+
+
+def mean_and_margin(values: np.ndarray, form: str = ".2f") -> str:
+    """The mean over seeds and, of several, half of its 95 % interval; empty without any."""
     if not len(values):
         return ""
     mean = format(values.mean(), form)
-    return mean if len(values) == 1 else f"{mean} ({values.min():{form}} to {values.max():{form}})"
+    return mean if len(values) == 1 else f"{mean} ± {margin_of(values):{form}}"
+
+
+def bar(values: np.ndarray) -> float:
+    """The length of an error bar: half of the 95 % interval, of one seed nothing."""
+    return margin_of(values) if len(values) > 1 else 0.0
+
+
+def by_epoch(rows: Table, column: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Epochs, and the column's mean, minimum and maximum over the seeds in each."""
+    epochs = rows.distinct("epoch")
+    values = [rows.where(epoch=epoch).numbers(column) for epoch in epochs]
+    parts = (np.array([f(v) for v in values]) for f in (np.mean, np.min, np.max))
+    return list(map(int, epochs)), *parts
+
+
+def draw_line(axes: Axes, rows: Table, column: str, **style: Any) -> None:
+    """The mean over seeds against epochs, and their range as a shade."""
+    epochs, mean, low, high = by_epoch(rows, column)
+    (line,) = axes.plot(epochs, mean, markevery=0.2, markersize=4, **style)
+    axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
 
 def compare_runs(ours: Table, paper: Table, formats: Mapping[str, str]) -> list[list[str]]:
-    """Our and the published values of each run side by side, for each column of `formats`."""
-    header = [f"{column} {source}" for column in formats for source in ("here", "published")]
-    rows = [["", "seeds", *header]]
+    """Our and the published values, where there are any, of each run side by side."""
+    columns = [
+        (f"{column} {name}", column, source)
+        for column in formats
+        for name, source in (("here", ours), ("published", paper))
+        if source is ours or len(paper.numbers(column))
+    ]
+    rows = [["", "seeds", *(title for title, *_ in columns)]]
     for run in dict.fromkeys(ours.distinct("run") + paper.distinct("run")):
-        row = [run, str(len(ours.where(run=run)) or "")]
-        for column, form in formats.items():
-            for source in (ours, paper):
-                row.append(mean_and_range(source.where(run=run).numbers(column), form))
-        rows.append(row)
+        cells = [
+            mean_and_margin(source.where(run=run).numbers(column), formats[column])
+            for _, column, source in columns
+        ]
+        rows.append([run, str(len(ours.where(run=run)) or ""), *cells])
     return rows
 
 
 def draw_table1(ours: Table, paper: Table) -> Drawing:
-    formats = {"ff_ratio": ".2e", "c2i_ratio": ".4f", "top1": ".2f"}
+    formats = ("ff_ratio", "c2i_ratio", "top1")
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.5))
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
         for place, run in enumerate(ours.distinct("run")):
             rows = source.where(run=run)
             if run.startswith("step 1") or not rows:
                 continue
-            marker = "s" if run.startswith("two-step") else "o"
-            x, y, top1 = (rows.numbers(column).mean() for column in formats)
+            columns = [rows.numbers(column) for column in formats]
+            x, y, top1 = (values.mean() for values in columns)
+            marker = "s" if run.startswith("two-step") else MARKERS[2 + place % 8]
             label = f"{run}: {top1:.2f} %"
-            axes.scatter(x, y, s=60, color=f"C{place}", marker=marker, label=label)
+            bars = {"xerr": bar(columns[0]), "yerr": bar(columns[1]), "capsize": 3}
+            axes.errorbar(x, y, **bars, color=f"C{place}", marker=marker, linestyle="", label=label)
         axes.set(xscale="log", xlabel="FF ratio", ylabel="C2I ratio", title=title)
         axes.margins(0.1)
         axes.legend(title="run (weight decay): top-1", fontsize=8, title_fontsize=8)
-    return figure, compare_runs(ours, paper, formats)
+    return figure, compare_runs(ours, paper, STABILITY)
 
 
-def draw_accuracies(ours: Table, paper: Table) -> Drawing:
-    """A bar for the mean of each run, dots for single seeds."""
+def draw_stability(ours: Table, paper: Table) -> Drawing:
+    """FF and C2I against epochs, without the runs of step 1."""
+    figure, panels = plt.subplots(1, 2, figsize=(11, 5))
+    runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
+    summary = [["", "FF, first epoch", "FF, last", "C2I, first epoch", "C2I, last"]]
+    columns = {"ff_ratio": ".2e", "c2i_ratio": ".4f"}
+    for place, run in enumerate(runs):
+        rows, cells = ours.where(run=run), [run]
+        for axes, (column, form) in zip(panels, columns.items(), strict=True):
+            draw_line(axes, rows, column, label=run, **line_style(place))
+            cells += [format(by_epoch(rows, column)[1][end], form) for end in (0, -1)]
+        summary.append(cells)
+    panels[0].set(yscale="log", xlabel="epoch", ylabel="FF ratio")
+    panels[1].set(xlabel="epoch", ylabel="C2I ratio")
+    panels[1].legend(fontsize=7)
+    return figure, summary
+
+
+def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] | None = None) -> Drawing:
+    """A bar for the mean of each run with its interval, dots for single seeds.
+
+    Args:
+        columns: of the table, top-1 and top-5 by default, and their formats.
+    """
     sources = [ours, paper] if paper else [ours]
     figure, panels = plt.subplots(1, len(sources), figsize=(11, 4.5), squeeze=False)
     for axes, title, source in zip(panels[0], HERE_AND_PAPER, sources, strict=False):
         runs = source.distinct("run")[::-1]
         for place, run in enumerate(runs):
             values = source.where(run=run).numbers("top1")
-            axes.barh(place, values.mean(), color="tab:blue", alpha=0.6)
+            style = {"color": "tab:blue", "alpha": 0.6, "capsize": 3}
+            axes.barh(place, values.mean(), xerr=bar(values), **style)
             axes.plot(values, [place] * len(values), "k.", markersize=4)
-            axes.text(values.max(), place, f" {values.mean():.2f}", va="center", fontsize=8)
+            right = max(values.max(), values.mean() + bar(values))
+            axes.text(right, place, f" {values.mean():.2f}", va="center", fontsize=8)
         axes.set_yticks(range(len(runs)), runs, fontsize=8)
         axes.margins(x=0.15, y=0.5 / len(runs))
         axes.set(title=title, xlabel="top-1 %")
-    return figure, compare_runs(ours, paper, {"top1": ".2f", "top5": ".2f"})
+    return figure, compare_runs(ours, paper, columns or {"top1": ".2f", "top5": ".2f"})
 
 
 def draw_surfaces(ours: Table, paper: Table) -> Drawing:
-    """Of the first seed."""
-    runs = ours.distinct("run")
-    low = ours.numbers("loss").min()
+    """The surface of the first seed, and the rise of the loss with the distance over all seeds."""
+    cases = [(run, norm) for norm in ours.distinct("batch_norm") for run in ours.distinct("run")]
+    figure, panels = plt.subplots(2, len(cases), figsize=(3.6 * len(cases), 7), squeeze=False)
+    seed = ours.distinct("seed")[0]
     # Far corners would flatten the rest: the scale ends within the surface that is lower there.
-    high = min(np.quantile(ours.where(run=run).numbers("loss"), 0.95) for run in runs)
-    colours = {"vmin": low, "vmax": high, "cmap": "viridis"}
-    figure = plt.figure(figsize=(11, 9))
-    summary = [["", "loss at the centre", "at distance 0.5", "at the corners"]]
-    for place, run in enumerate(runs, start=1):
-        rows = ours.where(run=run, seed=ours.distinct("seed")[0])
-        points, alphas = np.unique(rows.numbers("alpha"), return_inverse=True)
-        betas = np.searchsorted(points, rows.numbers("beta"))
-        loss = np.full((len(points), len(points)), np.nan)
-        loss[alphas, betas] = rows.numbers("loss")
-        first, second = np.meshgrid(points, points, indexing="ij")
-        axes = figure.add_subplot(2, len(runs), place, projection="3d")
-        axes.plot_surface(first, second, loss.clip(max=high), rstride=1, cstride=1, **colours)
-        axes.set(title=run, zlim=(low, high), zlabel="loss", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
-        axes = figure.add_subplot(2, len(runs), len(runs) + place)
-        levels = np.linspace(low, high, 25)
-        shades = axes.contourf(first, second, loss, levels, extend="both", **colours)
-        axes.set(aspect="equal", xlabel="direction 1", ylabel="direction 2")
-        centre = loss[len(points) // 2, len(points) // 2]
-        ring = np.abs(np.hypot(first, second) - 0.5) < (points[1] - points[0]) / 2
-        corners = loss[[0, 0, -1, -1], [0, -1, 0, -1]]
-        summary.append([run, f"{centre:.2f}", f"{loss[ring].mean():.2f}", f"{corners.mean():.2f}"])
-    figure.colorbar(shades, ax=figure.axes, label="cross-entropy", shrink=0.6)
+    low, high = 0, min(np.quantile(select(ours, *case).numbers("rise"), 0.95) for case in cases)
+    summary = [["", "BN", "rise at 0.1", "at 0.5", "at 1"]]
+    for (run, norm), (above, below) in zip(cases, panels.T, strict=True):
+        rows = select(ours, run, norm)
+        one = rows.where(seed=seed)
+        points, alphas = np.unique(one.numbers("alpha"), return_inverse=True)
+        betas = np.searchsorted(points, one.numbers("beta"))
+        rise = np.full((len(points), len(points)), np.nan)
+        rise[alphas, betas] = one.numbers("rise")
+        levels = np.linspace(low, high, 13)
+        shades = above.contourf(points, points, rise.T, levels, extend="max", cmap="cividis")
+        above.contour(points, points, rise.T, levels, colors="black", linewidths=0.4)
+        above.set(aspect="equal", title=f"{run}, BN {norm}", xlabel="direction 1")
+        distances = sorted(set(map(float, rows.distinct("distance"))))
+        values = [rows.where(distance=f"{distance:.6g}").numbers("rise") for distance in distances]
+        means, lows, highs = ([f(v) for v in values] for f in (np.mean, np.min, np.max))
+        below.plot(distances, means, color="black")
+        below.fill_between(distances, lows, highs, color="tab:blue", alpha=0.3, hatch="//")
+        below.set(xlabel="distance from the centre", ylim=(low - 0.05 * high, 1.5 * high))
+        at = [rows.where(distance=distance).numbers("rise") for distance in ("0.1", "0.5", "1")]
+        summary.append([run, norm, *(f"{v.mean():.3g}" if len(v) else "" for v in at)])
+    panels[0, 0].set_ylabel("direction 2")
+    panels[1, 0].set_ylabel("rise of the loss: mean and range")
+    figure.colorbar(shades, ax=panels[0].tolist(), label="rise of the loss", shrink=0.8)
     return figure, summary
+
+
+def select(rows: Table, run: str, batch_norm: str) -> Table:
+    return rows.where(run=run, batch_norm=batch_norm)
 
 
 def draw_curves(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
-    summary = [["", "training", "validation", "validation published"]]
+    header = ["", "training", "training images as in validation", "validation"]
+    summary = [[*header, "validation published"]]
     for run in ours.distinct("run"):
         kind, optimizer = run.split(", ")
-        axes, colour = panels[int(kind == "binary")], COLOURS[optimizer]
-        epochs = ours.where(run=run).distinct("epoch")
-        row = [run]
-        splits = (("train_top1", "training", "--"), ("val_top1", "validation", "-"))
+        axes, colour = panels[int(kind == "binary")], OPTIMIZERS[optimizer]["color"]
+        rows, cells = ours.where(run=run), [run]
+        last = rows.distinct("epoch")[-1]
+        splits = (("train_top1", "training", ":"), ("val_top1", "validation", "-"))
         for column, split, style in splits:
-            values = [ours.where(run=run, epoch=epoch).numbers(column) for epoch in epochs]
-            means = np.mean(values, axis=1)
-            label = f"{optimizer}, {split}"
-            axes.plot(list(map(int, epochs)), means, style, color=colour, label=label)
-            row.append(f"{means[-1]:.2f}")
+            marker, label = OPTIMIZERS[optimizer]["marker"], f"{optimizer}, {split}"
+            draw_line(axes, rows, column, color=colour, linestyle=style, marker=marker, label=label)
+        for column in ("train_top1", "fixed_train_top1", "val_top1"):
+            cells.append(mean_and_margin(rows.where(epoch=last).numbers(column)))
+        fixed = rows.numbers("fixed_train_top1")
         published = paper.where(run=run).numbers("val_top1")
-        axes.scatter([int(epochs[-1])] * len(published), published, color=colour, **STAR)
+        axes.scatter([int(last)] * len(fixed), fixed, color=colour, marker="^", edgecolors="black")
+        axes.scatter([int(last)] * len(published), published, color=colour, **STAR)
         axes.set(title=kind, xlabel="epoch", ylabel="top-1 %")
-        summary.append([*row, mean_and_range(published, ".0f")])
+        summary.append([*cells, mean_and_margin(published, ".0f")])
     panels[0].scatter([], [], color="white", **STAR, label="published end (ImageNet)")
+    label = "training images as in validation"
+    panels[0].scatter([], [], color="white", marker="^", edgecolors="black", label=label)
     panels[0].legend(fontsize=8)
     return figure, summary
 
 
 def draw_activations(ours: Table, paper: Table) -> Drawing:
     runs = ours.distinct("run")
-    figure, panels = plt.subplots(len(runs), 2, figsize=(10, 6), sharex=True, sharey=True)
+    figure, panels = plt.subplots(
+        len(runs), 2, figsize=(10, 6), sharex=True, sharey=True, squeeze=False
+    )
     summary = [["", "epoch", "saturation here", "published"]]
     cases = [(run, epoch) for run in runs for epoch in ("first", "last")]
     for axes, (run, epoch) in zip(panels.flat, cases, strict=True):
         rows = ours.where(run=run, epoch=epoch)
-        bins = (len(rows.distinct("seed")), -1)  # of each seed the same
+        seeds = [rows.where(seed=seed) for seed in rows.distinct("seed")]
+        bins = (len(seeds), -1)  # of each seed the same
         columns = (rows.numbers(column) for column in ("left", "right", "share"))
         left, right, share = (column.reshape(bins).mean(0) for column in columns)
         is_inside = (left >= -1 - 1e-9) & (right <= 1 + 1e-9)
-        colours = np.where(is_inside, "tab:blue", "tab:red")
-        axes.bar(left, share, right - left, align="edge", color=colours)
-        here = rows.numbers("saturation").mean()
+        for part, style in (
+            (is_inside, {"color": "tab:blue"}),
+            (~is_inside, {"color": "tab:red", "hatch": "///", "edgecolor": "white"}),
+        ):
+            axes.bar(left[part], share[part], (right - left)[part], align="edge", **style)
+        here = np.array([seed.numbers("saturation").mean() for seed in seeds])
         published = paper.where(run=run, epoch=epoch).numbers("saturation").mean()
-        title = f"{run}, {epoch} epoch: {here:.1%} saturated (published {published:.1%})"
+        title = f"{run}, {epoch} epoch: {here.mean():.1%} saturated (published {published:.1%})"
         axes.set_title(title, fontsize=9)
-        summary.append([run, epoch, f"{here:.2%}", f"{published:.2%}"])
-    figure.supxlabel("input of the first Sign (red: saturated)", fontsize="medium")
+        summary.append([run, epoch, mean_and_margin(here, ".2%"), f"{published:.2%}"])
+    figure.supxlabel("input of the first Sign (hatched: saturated)", fontsize="medium")
+    return figure, summary
+
+
+def draw_layers(ours: Table, paper: Table) -> Drawing:
+    """A panel for some layers: saturation above, SDAM below, against epochs."""
+    layers = ours.distinct("layer")
+    shown = [layers[place] for place in np.linspace(0, len(layers) - 1, 4).round().astype(int)]
+    figure, panels = plt.subplots(2, len(shown), figsize=(13, 6), sharex=True)
+    for column, layer in enumerate(shown):
+        for row, measured in enumerate(("saturation", "sdam")):
+            for run in ours.distinct("run"):
+                rows = ours.where(run=run, layer=layer)
+                draw_line(panels[row, column], rows, measured, label=run, **OPTIMIZERS[run])
+            panels[row, column].set(title=f"layer {layer}", ylabel="" if column else measured)
+    panels[0, 0].legend()
+    figure.supxlabel("epoch", fontsize="medium")
+    runs = ours.distinct("run")
+    columns = {"saturation": ".2%", "sdam": ".2e"}
+    summary = [["layer", *(f"{column}, {run}" for column in columns for run in runs)]]
+    last = ours.where(epoch=ours.distinct("epoch")[-1])
+    for layer in layers:
+        cells = [layer]
+        for measured, form in columns.items():
+            for run in runs:
+                values = last.where(run=run, layer=layer).numbers(measured)
+                cells.append(mean_and_margin(values, form))
+        summary.append(cells)
     return figure, summary
 
 
 def draw_kernels(ours: Table, paper: Table, column: str, label: str) -> Drawing:
     """One bar per kernel for both optimizers, with Adam's smallest as a line."""
-    smallest = ours.where(run="Adam").numbers(column).min()
+    smallest = ours.where(run="Adam").numbers(column).min(initial=np.inf)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     summary = [["", f"smallest {label}", "standard deviation", "below Adam's smallest"]]
-    for axes, run in zip(panels, ("SGD", "Adam"), strict=True):
-        values = ours.where(run=run).numbers(column)
-        axes.bar(range(len(values)), values, color=COLOURS[run])
+    for axes, run in zip(panels, ours.distinct("run"), strict=False):
+        rows = ours.where(run=run)
+        values = rows.numbers(column)
+        axes.bar(range(len(values)), values, color=OPTIMIZERS[run]["color"])
         axes.axhline(smallest, color="black", linewidth=0.8, linestyle="--")
-        axes.set(title=run, xlabel="kernel", ylabel=label)
-        below = (values < smallest).mean()
-        summary.append([run, f"{values.min():.3g}", f"{values.std():.3e}", f"{below:.1%}"])
+        axes.set(title=run, xlabel="kernel, of all seeds", ylabel=label)
+        seeds = [rows.where(seed=seed).numbers(column) for seed in rows.distinct("seed")]
+        least, spread = (np.array([f(v) for v in seeds]) for f in (np.min, np.std))
+        below = f"{(values < smallest).mean():.1%}"
+        cells = mean_and_margin(least, ".3g"), mean_and_margin(spread, ".3g")
+        summary.append([run, *cells, below])
     for row in paper:
         published = [row.get(name) or "" for name in ("smallest_cam", "sdam", "share_below")]
         summary.append([f"{row['run']}, published", *published])
@@ -183,46 +296,60 @@ def draw_two_nodes(ours: Table, paper: Table) -> Drawing:
     for axes, (title, height) in zip(panels, surfaces.items(), strict=True):
         shades = axes.contourf(x, y, height, np.linspace(-2, 2, 17), cmap="Greys", alpha=0.7)
         for run in ours.distinct("run"):
-            path, end = ours.where(run=run), paper.where(run=run)
-            axes.plot(path.numbers("x"), path.numbers("y"), color=COLOURS[run], label=run)
-            axes.scatter(end.numbers("x"), end.numbers("y"), color=COLOURS[run], **STAR)
+            style = {name: OPTIMIZERS[run][name] for name in ("color", "linestyle")}
+            for seed in ours.distinct("seed"):
+                path = ours.where(run=run, seed=seed)
+                label = None if seed != "0" else run
+                axes.plot(path.numbers("x"), path.numbers("y"), **style, label=label)
+            end = paper.where(run=run)
+            axes.scatter(end.numbers("x"), end.numbers("y"), color=style["color"], **STAR)
         axes.scatter([], [], color="white", **STAR, label="published end")
         axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     panels[0].legend(loc="upper right", fontsize=8)
     figure.colorbar(shades, ax=panels, shrink=0.8)
     summary = [["", "ends at x", "y", "published x", "y"]]
     for run in ours.distinct("run"):
-        here = [f"{ours.where(run=run).numbers(name)[-1]:.2f}" for name in "xy"]
+        ends = ours.where(run=run, step=ours[-1]["step"])
+        here = [mean_and_margin(ends.numbers(name)) for name in "xy"]
         published = [f"{paper.where(run=run).numbers(name).mean():.1f}" for name in "xy"]
         summary.append([run, *here, *published])
     return figure, summary
 
 
 def draw_latents(ours: Table, paper: Table) -> Drawing:
-    """Of seed 0."""
-    runs = [run for run in ours.distinct("run") if not run.endswith("step 1")]
-    figure, panels = plt.subplots(2, 2, figsize=(11, 7), sharex=True)
-    summary = [["", "top-1 here", "published", "|w| < 0.05", "|w| > 0.9"]]
-    for axes, run in zip(panels.flat, runs, strict=True):
+    """The mean over seeds."""
+    runs = ours.distinct("run")
+    columns = (len(runs) + 1) // 2
+    size = (5.5 * columns, 7)
+    figure, panels = plt.subplots(2, columns, figsize=size, sharex=True, squeeze=False)
+    header = ["", "top-1 here", "published", "sum of rates"]
+    summary = [[*header, "|w| < 0.05", "0.5 < |w| < 0.7", "|w| > 0.9"]]
+    for axes, run in zip(panels.flat, runs, strict=False):
         epochs = ours.where(run=run).distinct("epoch")
-        shades = plt.get_cmap("viridis")(np.linspace(0, 1, len(epochs)))
-        for epoch, shade in zip(epochs, shades, strict=True):
-            rows = ours.where(run=run, epoch=epoch, seed="0")
-            left, right, share = map(rows.numbers, ("left", "right", "share"))
-            axes.stairs(share, [*left, right[-1]], color=shade, label=f"epoch {epoch}")
-        here, published = (t.numbers("top1").mean() for t in (rows, paper.where(run=run)))
-        axes.set_title(f"{run}: {here:.2f} % (published {published:.2f} %)", fontsize=10)
+        shades = plt.get_cmap("viridis_r")(np.linspace(0, 1, len(epochs)))
+        for place, (epoch, shade) in enumerate(zip(epochs, shades, strict=True)):
+            rows = ours.where(run=run, epoch=epoch)
+            bins = (len(rows.distinct("seed")), -1)  # of each seed the same
+            left, right, share = (
+                rows.numbers(column).reshape(bins).mean(0) for column in ("left", "right", "share")
+            )
+            style = {"color": shade, "linewidth": 0.6 + 0.3 * place, "label": f"epoch {epoch}"}
+            axes.stairs(share, [*left, right[-1]], **style)
+        firsts = Table(rows[:: len(share)])  # one row of each seed
+        here, published = firsts.numbers("top1"), paper.where(run=run).numbers("top1")
+        axes.set_title(f"{run}: {here.mean():.2f} %", fontsize=10)
         axes.set(yscale="log", ylabel="share of the weights")
         middle = np.abs(left + right) / 2
-        near, far = share[middle < 0.05].sum(), share[middle > 0.9].sum()
-        summary.append([run, f"{here:.2f}", f"{published:.2f}", f"{near:.1%}", f"{far:.2%}"])
+        parts = middle < 0.05, (middle > 0.5) & (middle < 0.7), middle > 0.9
+        cells = mean_and_margin(here), mean_and_margin(published), rows[-1]["rate_sum"]
+        summary.append([run, *cells, *(f"{share[part].sum():.2%}" for part in parts)])
     panels[0, 0].legend(fontsize=7, ncols=2)
     figure.supxlabel("latent weight", fontsize="medium")
     return figure, summary
 
 
 def draw_rates(ours: Table, paper: Table) -> Drawing:
-    """The mean over seeds at each rate as a line, single seeds as dots."""
+    """The mean over seeds at each rate with its interval, single seeds as dots."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
     summary = [["", "optimizer", "learning rate", "top-1"]]
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
@@ -231,31 +358,37 @@ def draw_rates(ours: Table, paper: Table) -> Drawing:
             rates, top1 = rows.numbers("learning_rate"), rows.numbers("top1")
             axes.plot(rates, top1, "k.", markersize=4, zorder=3)
             seeds = {rate: top1[rates == rate] for rate in np.unique(rates)}
-            means = [values.mean() for values in seeds.values()]
-            axes.plot(list(seeds), means, "o-", color=COLOURS[optimizer], label=optimizer)
+            means, bars = ([f(values) for values in seeds.values()] for f in (np.mean, bar))
+            style = {"capsize": 3, "label": optimizer, **OPTIMIZERS[optimizer]}
+            axes.errorbar(list(seeds), means, bars, **style)
             for rate, values in seeds.items():
-                summary.append([title, optimizer, f"{rate:g}", mean_and_range(values)])
+                summary.append([title, optimizer, f"{rate:g}", mean_and_margin(values)])
         axes.set(xscale="log", xlabel="initial learning rate", ylabel="top-1 %", title=title)
     panels[0].legend()
     return figure, summary
 
 
 # Experiments that are more than accuracies side by side.
+STABILITY = {"ff_ratio": ".2e", "c2i_ratio": ".4f", "top1": ".2f", "decay_to_gradient": ".2g"}
 DRAWINGS: dict[str, Callable[[Table, Table], Drawing]] = {
     "table1": draw_table1,
+    "table1_epochs": draw_stability,
     "fig1": draw_surfaces,
     "fig2": draw_curves,
     "fig3": draw_activations,
+    "fig34_layers": draw_layers,
     "fig4": functools.partial(draw_kernels, column="cam", label="CAM"),
     "fig5": functools.partial(draw_kernels, column="update_cam", label="update CAM"),
     "fig6": draw_two_nodes,
     "fig7": draw_latents,
     "fig8": draw_rates,
+    "beyond1": functools.partial(draw_accuracies, columns=STABILITY),
+    "scan": functools.partial(draw_accuracies, columns=STABILITY),
 }
 
 
-def draw(name: str, table: Path, picture: Path) -> None:
-    """Draw the CSV `table` of experiment `name` as a PNG file, and print its Markdown table.
+def draw(name: str, table: Path, picture: Path) -> str:
+    """Draw the CSV `table` of experiment `name` as a PNG file, and return its Markdown table.
 
     Raises:
         UserError: a CSV that cannot be read or is not of this experiment.
@@ -263,5 +396,6 @@ def draw(name: str, table: Path, picture: Path) -> None:
     rows = read_table(table)
     ours, paper = rows.where(source="measured"), rows.where(source="published")
     figure, summary = DRAWINGS.get(name, draw_accuracies)(ours, paper)
-    print(markdown_table(summary))
     atomic_write(picture, lambda file: figure.savefig(file, format="png", dpi=110))
+    plt.close(figure)
+    return markdown_table(summary)

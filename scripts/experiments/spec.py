@@ -1,10 +1,17 @@
 """Experiments as data: a YAML file lists runs as overrides of the two steps, at several scales.
 
     title, claim    for the reader: what it shows, and what the paper concludes from it
+    look            what to see in the picture
+    claims          what `verdicts` decides from its CSV
     measure         how the runs become rows of the CSV, a key of `measures.MEASURES`
-    runs            name -> step (1 or 2), after (a run above, whose best checkpoint it starts
-                    from), scales (the only ones it belongs to), and options of that step; an
-                    option may be one value for each scale
+    runs            name -> step (1 or 2) and options of that step, each one value or one for each
+                    scale; or the name of the experiment that has the same runs.  Further keys:
+                        like      names in variants.yaml, whose options it has as well
+                        after     a run above, whose best checkpoint it starts from
+                        teacher   a run above, whose best checkpoint teaches it, or the option
+                        length    times as many epochs as the scale has
+                        seeds     at most so many of the seeds asked for
+                        scales    the only ones it belongs to
     published       the paper's rows of the same CSV
     settings        what the measure itself needs, also by scale
 
@@ -28,16 +35,20 @@ from utils.run.errors import UserError
 from utils.run.logging import RECORDS, read_records
 
 EXPERIMENTS = Path(__file__).resolve().parent
+VARIANTS = EXPERIMENTS / "variants.yaml"
 ROOT = EXPERIMENTS.parents[1]
 SCALES = sorted(path.stem for path in (EXPERIMENTS / "scales").glob("*.yaml"))
-_RUN_KEYS = {"step", "after", "scales"}
-_KEYS = {"title", "claim", "measure", "runs", "published", "settings"}
+_RUN_KEYS = {"step", "like", "after", "length", "seeds", "scales"}
+_KEYS = {"title", "claim", "look", "claims", "measure", "runs", "published", "settings"}
 
 
 @dataclass(frozen=True)
 class Experiment:
     """One table or figure."""
 
+    title: str
+    look: str
+    claims: Sequence[Mapping[str, Any]]
     measure: str
     runs: Mapping[str, Mapping[str, Any]]
     published: Sequence[Mapping[str, Any]]
@@ -54,19 +65,19 @@ class Run:
     config: Config
     arguments: Sequence[str]
     folder: Path
-    parent: "Run | None"  # whose best checkpoint it starts from
+    parents: "Sequence[Run]"  # whose best checkpoints it starts from or learns from
 
     def is_finished(self) -> bool:
         """Whether its last epoch has been recorded."""
-        return (self.folder / RECORDS).exists() and len(self.records()) == self.config.epochs
+        return len(self.records()) == self.config.epochs
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per epoch."""
-        return read_records(self.folder)
+        """One record per epoch so far."""
+        return read_records(self.folder) if (self.folder / RECORDS).exists() else []
 
 
 def experiment_names() -> list[str]:
-    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml"))
+    return sorted(path.stem for path in EXPERIMENTS.glob("*.yaml") if path.stem != VARIANTS.stem)
 
 
 def read_experiment(name: str, scale: str) -> Experiment:
@@ -80,13 +91,26 @@ def read_experiment(name: str, scale: str) -> Experiment:
     content = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
     if unknown := set(content) - _KEYS:
         raise UserError(f"experiment {name} has the unknown key {min(unknown)}")
-    runs = {
-        run: _at_scale(options, scale)
-        for run, options in content.get("runs", {}).items()
-        if scale in options.get("scales", [scale])
-    }
-    settings = _at_scale(content.get("settings", {}), scale)
-    return Experiment(content["measure"], runs, content.get("published", []), settings)
+    variants = yaml.safe_load(VARIANTS.read_text())
+    runs = content.get("runs", {})
+    if isinstance(runs, str):
+        runs = yaml.safe_load((EXPERIMENTS / f"{runs}.yaml").read_text())["runs"]
+    resolved = {}
+    for run, own in runs.items():
+        if scale in own.get("scales", [scale]):
+            options: dict[str, Any] = {}
+            for variant in own.get("like", []):
+                options |= variants[variant]
+            resolved[run] = _at_scale(options | own, scale)
+    return Experiment(
+        content["title"],
+        content.get("look", ""),
+        content.get("claims", []),
+        content["measure"],
+        resolved,
+        content.get("published", []),
+        _at_scale(content.get("settings", {}), scale),
+    )
 
 
 def _at_scale(options: Mapping[str, Any], scale: str) -> dict[str, Any]:
@@ -98,9 +122,9 @@ def _at_scale(options: Mapping[str, Any], scale: str) -> dict[str, Any]:
 
 
 def resolve_runs(
-    experiment: Experiment, scale: str, seeds: int, out: Path, options: Sequence[str]
+    experiment: Experiment, scale: str, seeds: Sequence[int], out: Path, options: Sequence[str]
 ) -> list[Run]:
-    """All runs with all seeds, each after the one it starts from.
+    """All runs with all seeds, each after those it starts or learns from.
 
     A run's folder in `out` ends in a digest of everything that decides its result, so that
     experiments share runs of the same settings and no others.
@@ -112,28 +136,41 @@ def resolve_runs(
         UserError: an option that is unknown or out of range.
     """
     runs: dict[tuple[str, int], Run] = {}
-    for seed in range(seeds):
+    for place, seed in enumerate(seeds):
         for name, overrides in experiment.runs.items():
-            parent = runs[overrides["after"], seed] if "after" in overrides else None
+            if place >= overrides.get("seeds", len(seeds)):
+                continue
+            overrides = dict(overrides)
+            start = runs[overrides["after"], seed] if "after" in overrides else None
+            teacher = None
+            if overrides.get("teacher") in experiment.runs:
+                taught_by = overrides["teacher"]
+                teacher = runs.get((taught_by, seed), runs[taught_by, seeds[0]])
+                overrides["teacher"] = str(teacher.folder / BEST)
             arguments = ["--config", str(EXPERIMENTS / "scales" / f"{scale}.yaml")]
             for option, value in overrides.items():
                 if option not in _RUN_KEYS:
                     text = value if isinstance(value, str) else json.dumps(value)
                     arguments += [f"--{option}", text]
-            start = parent.folder / BEST if parent else "none"
-            arguments += [*options, "--seed", str(seed), "--init_from", str(start)]
+            init_from = str(start.folder / BEST) if start else "none"
+            arguments += [*options, "--seed", str(seed), "--init_from", init_from]
             step = overrides["step"]
-            config = parse_config(ROOT / f"step{step}" / "config.yaml", arguments)
-            digest = _digest(config, step, parent)
+            defaults = ROOT / f"step{step}" / "config.yaml"
+            config = parse_config(defaults, arguments)
+            if "length" in overrides:
+                arguments += ["--epochs", str(config.epochs * overrides["length"])]
+                config = parse_config(defaults, arguments)
+            digest = _digest(config, step, start, teacher)
             slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
             # A run of another experiment may have this digest under another name.
             folder, *_ = *sorted(out.glob(f"*-{digest}")), out / f"{slug}-seed{seed}-{digest}"
             arguments += ["--save", str(folder)]
-            runs[name, seed] = Run(name, seed, step, config, arguments, folder, parent)
+            parents = [run for run in (start, teacher) if run]
+            runs[name, seed] = Run(name, seed, step, config, arguments, folder, parents)
     return list(runs.values())
 
 
-def _digest(config: Config, step: int, parent: Run | None) -> str:
+def _digest(config: Config, step: int, start: Run | None, teacher: Run | None) -> str:
     # Defaults are left out, so that an option added later changes no digest.
     deciding = {
         f.name: getattr(config, f.name)
@@ -141,6 +178,10 @@ def _digest(config: Config, step: int, parent: Run | None) -> str:
         if (not f.metadata.get("place") or f.name in ("data", "val_dir", "keep_epochs"))
         and getattr(config, f.name) != f.default
     }
-    start = parent.folder.name.rpartition("-")[2] if parent else None
-    text = json.dumps([step, start, deciding], sort_keys=True)
+    start_digest, teacher_digest = (
+        run.folder.name.rpartition("-")[2] if run else None for run in (start, teacher)
+    )
+    if teacher:  # whose place is not what decides
+        deciding["teacher"] = teacher_digest
+    text = json.dumps([step, start_digest, deciding], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]

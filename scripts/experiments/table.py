@@ -38,6 +38,11 @@ class Table(list[Row]):
             raise UserError(f"column {column} must hold numbers: {error}") from error
 
 
+def as_text(value: Any) -> Any:
+    """A cell: six digits of a float, which no measure here is more exact than."""
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
 def read_table(path: Path) -> Table:
     """Raises UserError for a file that cannot be read or has no rows."""
     try:
@@ -52,6 +57,7 @@ def read_table(path: Path) -> Table:
 
 def write_table(path: Path, rows: Collection[Mapping[str, Any]]) -> None:
     """Write rows under the columns that any of them has, in order of first appearance."""
+    rows = [{name: as_text(value) for name, value in row.items()} for row in rows]
     columns = dict.fromkeys(name for row in rows for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns), lineterminator="\n")

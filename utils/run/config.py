@@ -77,6 +77,7 @@ class Config:
         "gradient of Sign; none for the network's own", None, choices=ACTIVATION_STES
     )
     latent_init: str = _option("latent weights from scratch", "positive", choices=LATENT_INITS)
+    latent_scale: float = _option("multiplies latent weights from scratch", 1.0, above=0)
     width: float = _option("multiplies every channel count", 1.0, above=0)
     small_images: bool = _option("fewer strides, for 32-pixel images", False)
     init_from: str | None = _option("checkpoint to start from, or none", path=True, place=True)
@@ -92,6 +93,7 @@ class Config:
     epochs: int = _option("length of the run", minimum=1)
     batch_size: int = _option("global batch, divided over the processes", minimum=1)
     learning_rate: float = _option("base rate", above=0)
+    latent_rate: float = _option("multiplies the learning rate of latent weights", 1.0, above=0)
     weight_decay: float = _option("coupled L2 of the decay group")
     optimizer: str = _option("name in torch.optim", "Adam")
     optimizer_options: dict | None = _option("as in {momentum: 0.9}", None)  # noqa: RUF009
@@ -152,6 +154,7 @@ class Config:
             "binary_activations": self.binary_activations,
             "binary_weights": self.binary_weights,
             "latent_init": self.latent_init,
+            "latent_scale": self.latent_scale,
             "width": self.width,
             "small_images": self.small_images,
         }

@@ -1,0 +1,86 @@
+"""The page of results: verdicts, pictures and tables of the CSVs in a folder.
+
+    python -m scripts.experiments.page docs/results/experiments
+
+It writes README.md and NAME.png beside each NAME.csv.  What no CSV says, which scale it is and what
+that can say, comes from about.md there.
+"""
+
+from pathlib import Path
+
+from scripts.experiments import spec, verdicts
+from scripts.experiments.plots import draw
+from scripts.experiments.table import read_table
+from utils.checkpoint.files import atomic_write
+from utils.run.command_line import Parser, command, markdown_table
+from utils.run.errors import UserError
+
+HEADER = ["claim of the paper", "quantity", "paper", "here, 95 % interval", "seeds", "verdict"]
+
+
+@command
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("folder", type=Path, help="of the CSVs")
+    folder = parser.parse_args().folder
+    names = [name for name in in_order() if (folder / f"{name}.csv").exists()]
+    if not names:
+        raise UserError(f"{folder} has no CSV of an experiment: copy them there")
+    page = "\n\n".join([*heading(names, folder), *(section(name, folder) for name in names)])
+    atomic_write(folder / "README.md", lambda file: file.write(f"{page}\n".encode()))
+    print(folder / "README.md")
+
+
+def in_order() -> list[str]:
+    """Tables, then figures, then what is not of the paper."""
+    order = ("table", "fig")
+    names = spec.experiment_names()
+    return sorted(names, key=lambda n: next((i for i, p in enumerate(order) if n.startswith(p)), 2))
+
+
+def heading(names: list[str], folder: Path) -> list[str]:
+    judged = [row for name in names for row in verdict_rows(name, folder)]
+    words = [row[-1].strip("*") for row in judged]
+    outcomes = (verdicts.SEEN, verdicts.CONTRADICTED, verdicts.NOT_DECIDED)
+    counts = ", ".join(f"{words.count(word)} {word}" for word in outcomes)
+    about = folder / "about.md"
+    return [
+        "# The paper's claims, tables and figures",
+        f"{len(words)} claims: {counts}. Each is a quantity with a sign, formed for every seed from"
+        " runs of that seed; it is *seen* where the 95 % interval (Student's t) of its mean over"
+        " the seeds lies on the paper's side of 0, *contradicted* where on the other, and *not"
+        " decided* where it covers 0 or there are fewer than two seeds.",
+        markdown_table([HEADER, *judged]),
+        *([about.read_text().strip()] if about.exists() else []),
+    ]
+
+
+def verdict_rows(name: str, folder: Path) -> list[list[str]]:
+    """A row of the first table for each claim of an experiment."""
+    rows = read_table(folder / f"{name}.csv").where(source="measured")
+    judged = []
+    for claim in spec.read_experiment(name, "quick").claims:
+        verdict = verdicts.judge(claim, rows)
+        count = len(verdict.values)
+        here = f"{verdict.mean:.3g}" if count else ""
+        if count > 1:
+            low, high = verdict.mean - verdict.margin, verdict.mean + verdict.margin
+            here += f" [{low:.3g}, {high:.3g}]"
+        published = format(float(claim["published"]), ".3g") if "published" in claim else ""
+        published = f"{published} ({claim['paper']} 0)".strip()
+        text = f"[{name}](#{name}): {claim['text']}"
+        quantity = verdicts.quantity(claim)
+        judged.append([text, quantity, published, here, str(count), f"**{verdict.word}**"])
+    return judged
+
+
+def section(name: str, folder: Path) -> str:
+    """Picture and table of an experiment, under its name."""
+    experiment = spec.read_experiment(name, "quick")
+    table = draw(name, folder / f"{name}.csv", folder / f"{name}.png")
+    look = " ".join(experiment.look.split())
+    return f"## {name}\n\n{experiment.title}\n\n![{name}]({name}.png)\n\n*{look}*\n\n{table}"
+
+
+if __name__ == "__main__":
+    main()

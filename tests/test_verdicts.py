@@ -1,0 +1,105 @@
+"""Verdicts on the paper's claims, against cases computed by hand, and the page that shows them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from scripts.experiments import spec
+from scripts.experiments.table import Row, Table, write_table
+from scripts.experiments.verdicts import judge, margin_of, quantity, student_t
+from utils.run.errors import UserError
+
+
+def table(**runs: list[float]) -> Table:
+    """A row for each run and seed: run=[top1 of seed 0, of seed 1, ...]."""
+    return Table(
+        Row(source="measured", run=run, seed=str(seed), top1=str(value))
+        for run, values in runs.items()
+        for seed, value in enumerate(values)
+    )
+
+
+def claim(**changes):
+    plus_minus = {"plus": {"run": "a"}, "minus": {"run": "b"}}
+    return {"column": "top1", **plus_minus, "paper": "above", **changes}
+
+
+# From a printed table of Student's t, two-sided 95 %.
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (10, 2.2281), (30, 2.0423)]
+)
+def test_quantiles_of_student_are_the_printed_ones(freedom, t):
+    assert student_t(freedom) == pytest.approx(t, abs=1e-4)
+
+
+def test_the_interval_of_three_values_by_hand():
+    # Mean 2, deviation 1: 4.3027 * 1 / sqrt(3).
+    assert margin_of(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.4841, abs=1e-4)
+    assert margin_of(np.array([1.0])) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("a", "paper", "word"),
+    [
+        ([61, 62.1, 62.9], "above", "seen"),  # differences 1, 1.1, 0.9: 1 +- 0.25
+        ([61, 62.1, 62.9], "below", "contradicted"),
+        ([61, 63, 65], "above", "not decided"),  # 1, 2, 3: 2 +- 2.48
+        ([61], "above", "not decided"),  # one seed in common
+        ([], "above", "not decided"),
+    ],
+)
+def test_differences_are_paired_by_seed_and_decided_by_their_interval(a, paper, word):
+    verdict = judge(claim(paper=paper), table(a=a, b=[60, 61, 62]))
+    assert (verdict.word, len(verdict.values)) == (word, len(a))
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "word"), [(2, "seen"), (1, "not decided"), (0.5, "contradicted")]
+)
+def test_equal_means_that_the_whole_interval_is_within_the_tolerance(tolerance, word):
+    equal = claim(paper="equal", tolerance=tolerance)  # 1 +- 0.25
+    assert judge(equal, table(a=[61, 62.1, 62.9], b=[60, 61, 62])).word == word
+
+
+def test_terms_choose_rows_and_reduce_them():
+    rows = Table(
+        Row(source="measured", run="a", seed="0", epoch=str(epoch), layer=str(layer), x=str(x))
+        for epoch, layer, x in ((0, 1, 5), (0, 2, 7), (9, 1, 1), (9, 2, 4))
+    )
+    term = {"run": "a", "epoch": "last"}
+    for of, value in (("mean", 2.5), ("std", 1.5), ("min", 1), ("max", 4), ("range", 3)):
+        assert judge({"column": "x", "of": of, "plus": term, "paper": "above"}, rows).mean == value
+    both = {"column": "x", "plus": [term, {"epoch": 0, "layer": [2, 3]}], "minus": {"epoch": 0}}
+    assert judge(both | {"paper": "above"}, rows).mean == 2.5 + 7 - 6
+    with pytest.raises(UserError, match="no column 'y'"):
+        judge({"column": "y", "plus": term, "paper": "above"}, rows)
+    assert quantity(both) == "x: a / epoch last + epoch 0 / layer [2, 3] - epoch 0"
+
+
+def test_every_claim_names_runs_of_its_experiment_and_a_side():
+    for name in spec.experiment_names():
+        experiment = spec.read_experiment(name, "cifar10")
+        runs = {*experiment.runs, *experiment.settings.get("optimizers", ())}
+        for one in experiment.claims:
+            assert one["text"] and one["paper"] in ("above", "below", "equal")
+            for side in ("plus", "minus"):
+                terms = one.get(side, [])
+                for term in terms if isinstance(terms, list) else [terms]:
+                    assert term.get("run") in runs or "optimizer" in term, (name, term)
+
+
+def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(run_script, tmp_path):
+    run_script("experiments.page", tmp_path).assert_one_sentence("has no CSV")
+    runs = {"Adam": [61, 62.1, 62.9], "SGD, momentum": [60, 61, 62]}
+    rows = [{**row, "top5": 90} for row in table(**runs)]
+    write_table(tmp_path / "table3.csv", rows)
+    (tmp_path / "about.md").write_text("On ten images.")
+    result = run_script("experiments.page", tmp_path)
+    assert result.code == 0, result.err
+    page = (tmp_path / "README.md").read_text()
+    assert "1 claims: 1 seen, 0 contradicted, 0 not decided" in page
+    assert "Adam is better than SGD" in page and "1 [0.752, 1.25]" in page and "**seen**" in page
+    order = [page.index(text) for text in ("| claim", "On ten images.", "## table3", "62.00 ±")]
+    assert order == sorted(order)
+    assert "![table3](table3.png)" in page and (tmp_path / "table3.png").exists()
