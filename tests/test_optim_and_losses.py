@@ -7,6 +7,7 @@ from conftest import config_with
 
 from models import build_model
 from utils.losses import batch_loss, soft_target_loss
+from utils.metrics import ff_ratio, latent_weights, signs
 from utils.optim import build_optimizer, describe_groups, set_learning_rate
 from utils.run.errors import UserError
 
@@ -126,3 +127,54 @@ def test_with_teacher_labels_do_not_count_and_the_teacher_gets_no_gradient():
     assert losses[0] == losses[1]
     losses[0].backward()
     assert teacher[1].weight.grad is None and logits.grad.abs().sum() > 0
+
+
+def test_latent_weights_may_have_a_rate_and_a_scale_of_their_own():
+    torch.manual_seed(0)
+    plain = build_model("reactnet_r18", num_classes=3, width=1 / 16, latent_init="symmetric")
+    torch.manual_seed(0)
+    scaled = build_model(
+        "reactnet_r18", num_classes=3, width=1 / 16, latent_init="symmetric", latent_scale=0.25
+    )
+    latent = latent_weights(plain)
+    for (name, value), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        is_latent = name.removesuffix(".weight") in latent
+        torch.testing.assert_close(other, value * 0.25 if is_latent else value)
+
+    config = config_with(latent_rate=0.5, weight_decay=1e-4, epochs=2, schedule="textbook")
+    optimizer = build_optimizer(scaled, config)
+    assert set_learning_rate(optimizer, 1, config) == 5e-4
+    rates = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert rates == [(5e-4, 0.0), (5e-4, 1e-4), (2.5e-4, 1e-4)]
+    own = {id(weight) for weight in optimizer.param_groups[2]["params"]}
+    assert len(own) == len(latent)
+    assert own == {id(scaled.get_submodule(name).weight) for name in latent}
+
+
+def test_rate_decay_and_scale_in_step_change_no_sign_where_bn_stands_behind():
+    """What `scripts/experiments/beyond1.yaml` builds on: rate c, decay 1 / c^2, scale c."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(5, 8, 3, 16, 16, generator=generator, dtype=torch.float64)
+    labels = torch.randint(3, (5, 8), generator=generator)
+
+    def trained(c: float, decay: float):
+        torch.manual_seed(0)
+        options = {"width": 1 / 16, "small_images": True, "latent_init": "symmetric"}
+        model = build_model("reactnet_r18", num_classes=3, latent_scale=c, **options).double()
+        first = signs(latent_weights(model))
+        decays = {"weight_decay": decay, "decay_group": "convolutions"}
+        optimizer = build_optimizer(model, config_with(latent_rate=c, learning_rate=1e-2, **decays))
+        set_learning_rate(
+            optimizer, 0, config_with(epochs=1, schedule="textbook", learning_rate=1e-2)
+        )
+        for x, y in zip(images, labels, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        return first, signs(latent_weights(model))
+
+    first, base = trained(0.5, 1e-2)
+    _, matched = trained(0.25, 4e-2)
+    _, rate_alone = trained(0.5, 4e-2)
+    assert ff_ratio(first, base) > 0.05
+    assert ff_ratio(base, matched) < 0.1 * ff_ratio(base, rate_alone)

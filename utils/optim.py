@@ -37,17 +37,14 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
         has_own_rate = parameter in latent and config.latent_rate != 1
         groups[2 if has_own_rate else decays(parameter_name, parameter)].append(parameter)
     decay = {"weight_decay": config.weight_decay}
+    own_rate = [{"params": groups[2], "rate": config.latent_rate, **decay}] if groups[2] else []
     options = (ADAM if name == "Adam" else {}) | (config.optimizer_options or {})
     try:
         optimizer = constructor(
             [
                 {"params": groups[False], "weight_decay": 0.0},
                 {"params": groups[True], **decay},
-                *(
-                    [{"params": groups[2], "rate": config.latent_rate, **decay}]
-                    if groups[2]
-                    else ()
-                ),
+                *own_rate,
             ],
             lr=config.learning_rate,
             **options,

@@ -209,7 +209,7 @@ def loss_surface(runs: Runs, settings: Settings, dist: DistEnv, table: Path) -> 
         rows = [known[grid_point(row)] for row in grid]
         centre = min(rows, key=lambda row: float(row["distance"]))
         for row in rows:
-            row["rise"] = float(row["loss"]) - float(centre["loss"])
+            row["rise"] = float(as_text(row["loss"])) - float(as_text(centre["loss"]))
         yield from rows
 
 
