@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import config_with
 
-from models import build_model
+from models import MODELS, build_model
 from utils.losses import batch_loss, soft_target_loss
 from utils.metrics import ff_ratio, latent_weights, signs
-from utils.optim import build_optimizer, describe_groups, set_learning_rate
+from utils.optim import DECAY_GROUPS, build_optimizer, describe_groups, set_learning_rate
 from utils.run.errors import UserError
 
 
@@ -129,6 +129,14 @@ def test_with_teacher_labels_do_not_count_and_the_teacher_gets_no_gradient():
     assert teacher[1].weight.grad is None and logits.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_latent_weights_are_known_by_their_names(name):
+    with torch.device("meta"):
+        model = build_model(name)
+    named = {n for n, p in model.named_parameters() if DECAY_GROUPS["latent"](n, p)}
+    assert named == {f"{layer}.weight" for layer in latent_weights(model)}
+
+
 def test_latent_weights_may_have_a_rate_and_a_scale_of_their_own():
     torch.manual_seed(0)
     plain = build_model("reactnet_r18", num_classes=3, width=1 / 16, latent_init="symmetric")
@@ -162,7 +170,7 @@ def test_rate_decay_and_scale_in_step_change_no_sign_where_bn_stands_behind():
         options = {"width": 1 / 16, "small_images": True, "latent_init": "symmetric"}
         model = build_model("reactnet_r18", num_classes=3, latent_scale=c, **options).double()
         first = signs(latent_weights(model))
-        decays = {"weight_decay": decay, "decay_group": "convolutions"}
+        decays = {"weight_decay": decay, "decay_group": "latent"}
         optimizer = build_optimizer(model, config_with(latent_rate=c, learning_rate=1e-2, **decays))
         set_learning_rate(
             optimizer, 0, config_with(epochs=1, schedule="textbook", learning_rate=1e-2)

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from utils.binarize import LatentConv2d
 from utils.run.errors import UserError
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
@@ -32,9 +31,8 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
         raise UserError(f"unknown optimizer {name!r}: name one of torch.optim, such as Adam or SGD")
     decays = DECAY_GROUPS[config.decay_group]
     groups: list[list[nn.Parameter]] = [[], [], []]
-    latent = {m.weight for m in model.modules() if isinstance(m, LatentConv2d)}
     for parameter_name, parameter in model.named_parameters():
-        has_own_rate = parameter in latent and config.latent_rate != 1
+        has_own_rate = is_latent(parameter_name, parameter) and config.latent_rate != 1
         groups[2 if has_own_rate else decays(parameter_name, parameter)].append(parameter)
     decay = {"weight_decay": config.weight_decay}
     own_rate = [{"params": groups[2], "rate": config.latent_rate, **decay}] if groups[2] else []
@@ -67,9 +65,15 @@ def decays_if_convolution(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 4 and not name.endswith("bias")
 
 
+def is_latent(name: str, parameter: nn.Parameter) -> bool:
+    """The kernel of a convolution that is binary in step 2, as the networks here name them."""
+    return "binary" in name
+
+
 DECAY_GROUPS: dict[str, Callable[[str, nn.Parameter], bool]] = {
     "released": decays_as_released,
     "convolutions": decays_if_convolution,
+    "latent": is_latent,
 }
 
 

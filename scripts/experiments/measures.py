@@ -62,8 +62,9 @@ def results(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
             "top5": records[-1]["val_top5"],
             "best_top1": max(record["val_top1"] for record in records),
         }
-        if settings.get("decay_to_gradient") and run.config.weight_decay:
-            row["decay_to_gradient"] = decay_to_gradient(run, dist)
+        if settings.get("decay_to_gradient"):
+            has_decay = run.config.weight_decay and "layers" in records[0]
+            row["decay_to_gradient"] = decay_to_gradient(run, dist) if has_decay else None
         yield row
 
 

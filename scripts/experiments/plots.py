@@ -121,7 +121,7 @@ def draw_stability(ours: Table, paper: Table) -> Drawing:
 
 
 def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] | None = None) -> Drawing:
-    """A bar for the mean of each run with its interval, dots for single seeds.
+    """The mean of each run with its interval, dots for single seeds.
 
     Args:
         columns: of the table, top-1 and top-5 by default, and their formats.
@@ -132,13 +132,13 @@ def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] | None
         runs = source.distinct("run")[::-1]
         for place, run in enumerate(runs):
             values = source.where(run=run).numbers("top1")
-            style = {"color": "tab:blue", "alpha": 0.6, "capsize": 3}
-            axes.barh(place, values.mean(), xerr=bar(values), **style)
+            axes.errorbar(values.mean(), place, xerr=bar(values), fmt="D", mfc="white", capsize=4)
             axes.plot(values, [place] * len(values), "k.", markersize=4)
             right = max(values.max(), values.mean() + bar(values))
-            axes.text(right, place, f" {values.mean():.2f}", va="center", fontsize=8)
+            axes.text(right, place, f"  {values.mean():.2f}", va="center", fontsize=8)
         axes.set_yticks(range(len(runs)), runs, fontsize=8)
         axes.margins(x=0.15, y=0.5 / len(runs))
+        axes.grid(axis="y", linewidth=0.4)
         axes.set(title=title, xlabel="top-1 %")
     return figure, compare_runs(ours, paper, columns or {"top1": ".2f", "top5": ".2f"})
 
@@ -149,7 +149,8 @@ def draw_surfaces(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(2, len(cases), figsize=(3.6 * len(cases), 7), squeeze=False)
     seed = ours.distinct("seed")[0]
     # Far corners would flatten the rest: the scale ends within the surface that is lower there.
-    low, high = 0, min(np.quantile(select(ours, *case).numbers("rise"), 0.95) for case in cases)
+    tops = [np.quantile(select(ours, *case).numbers("rise"), 0.95) for case in cases]
+    low, high = 0, max(min(tops), 0.01)
     summary = [["", "BN", "rise at 0.1", "at 0.5", "at 1"]]
     for (run, norm), (above, below) in zip(cases, panels.T, strict=True):
         rows = select(ours, run, norm)
