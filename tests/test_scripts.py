@@ -120,8 +120,8 @@ def test_openvino_network_of_any_form_evaluates_as_the_checkpoint(
 def test_every_network_goes_through_both_steps_and_every_form(
     run_step, run_script, results, tmp_path, name
 ):
-    for engine in ("openvino", "onnxruntime"):
-        pytest.importorskip(engine)
+    for package in ("openvino", "onnxruntime"):
+        pytest.importorskip(package)
     network = {"model": name, "width": narrow(name, 1 / 32), "epochs": 1}
     step1, step2 = (tmp_path / step / BEST for step in ("step1", "step2"))
     assert run_step(1, **network).code == 0
