@@ -90,9 +90,8 @@ def test_a_signal_ends_the_iteration_saves_and_leaves_and_the_same_command_goes_
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_with_deterministic_algorithms_a_run_goes_on_bit_for_bit_on_a_gpu_too(
-    run_step, tmp_path, monkeypatch, device, precision
+    run_step, tmp_path, device, precision
 ):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     options = {"device": device, "precision": precision, **FROM_SCRATCH}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     # A warning is enough: the counts of histograms have no deterministic algorithm and need none.
