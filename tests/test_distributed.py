@@ -148,18 +148,17 @@ def test_sync_bn_on_a_cpu_is_refused():
 @pytest.fixture
 def group_of_one(device):
     """A process group of this process alone, as `init_distributed` makes it for several."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = f"tcp://127.0.0.1:{free_port()}"
+    backend = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backend, init_method=store, rank=0, world_size=1)
     # It says two, so that networks are wrapped and converted as for several.
     yield DistEnv(0, 0, 2, device)
     torch.distributed.destroy_process_group()
 
 
+@on_gpu
 @pytest.mark.parametrize("sync_bn", [False, True])
-def test_a_group_of_one_process_trains_as_none_also_over_nccl(group_of_one, sync_bn, device):
-    if sync_bn and device.type == "cpu":
-        return  # refused, see above
+def test_over_nccl_a_group_of_one_process_trains_as_none(group_of_one, sync_bn, device):
     images, labels = (part.to(device) for part in images_and_labels())
     batches, config = [(images, labels)] * 2, config_with()
     trained = []
