@@ -85,10 +85,11 @@ def compare_runs(ours: Table, paper: Table, formats: Mapping[str, str]) -> list[
 def draw_table1(ours: Table, paper: Table) -> Drawing:
     formats = ("ff_ratio", "c2i_ratio", "top1")
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.5))
+    runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
-        for place, run in enumerate(ours.distinct("run")):
+        for place, run in enumerate(runs):
             rows = source.where(run=run)
-            if run.startswith("step 1") or not rows:
+            if not rows:
                 continue
             columns = [rows.numbers(column) for column in formats]
             x, y, top1 = (values.mean() for values in columns)
