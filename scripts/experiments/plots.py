@@ -133,7 +133,8 @@ def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] | None
         runs = source.distinct("run")[::-1]
         for place, run in enumerate(runs):
             values = source.where(run=run).numbers("top1")
-            axes.errorbar(values.mean(), place, xerr=bar(values), fmt="D", mfc="white", capsize=4)
+            look = {"fmt": "D", "mfc": "white", "color": "tab:blue", "capsize": 4}
+            axes.errorbar(values.mean(), place, xerr=bar(values), **look)
             axes.plot(values, [place] * len(values), "k.", markersize=4)
             right = max(values.max(), values.mean() + bar(values))
             axes.text(right, place, f"  {values.mean():.2f}", va="center", fontsize=8)
