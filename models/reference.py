@@ -1,7 +1,7 @@
 """The binary networks composed from elementary operations, as such code is usually written.
 
 Masks in floats, the detach trick, one pass per operation.  The autograd Functions of
-`utils.binarize` are tested against this and timed beside it (`python -m scripts.benchmarks`).
+`utils.binarize` are tested against this and timed beside it (`python -m scripts.benchmarks.speed`).
 
     y = f(x).detach() - g(x).detach() + g(x)     is f(x) forward and has the gradient of g backward
 """
