@@ -68,6 +68,8 @@ on_gpu = pytest.mark.parametrize("device", ["cuda"], indirect=True)  # there alo
 
 def pytest_collection_modifyitems(items):
     """Where there is no GPU, a test that would run on it is skipped once, not for each case."""
+    # Malformed input first: its processes are forked before others start autograd's threads here.
+    items.sort(key=lambda item: "test_malformed" not in item.nodeid)
     skipped = set()
     for item in items.copy() if not HAS_GPU else ():
         if hasattr(item, "callspec") and item.callspec.params.get("device") == "cuda":
@@ -170,8 +172,3 @@ def start(program: str, *arguments, processes: int = 2) -> subprocess.Popen:
         cwd="/",
         env={**os.environ, "PYTHON": sys.executable, "NPROC_PER_NODE": str(processes)},
     )
-
-
-def pytest_collection_modifyitems(items):
-    # Its processes are forked from this one: before other tests start autograd's threads in it.
-    items.sort(key=lambda item: "test_malformed" not in item.nodeid)
