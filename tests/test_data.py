@@ -1,5 +1,6 @@
 """Transforms, sampling and augmentation, and the built-in images."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -101,6 +102,17 @@ def test_order_and_augmentation_do_not_depend_on_the_number_of_workers(config):
     alone, helped = batches_of(config, 0, epoch=3), batches_of(config, 2, epoch=3)
     for (images, labels), (other_images, other_labels) in zip(alone, helped, strict=True):
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
+
+
+def test_images_kept_in_memory_are_read_once_and_give_the_same_batches(config, own_images):
+    config = replace(config, data=str(own_images), workers=0)
+    expected = batches_of(config, 0, epoch=1)
+    loader, _ = build_loaders(replace(config, cache_images=True), dist_env())
+    list(loader)
+    shutil.rmtree(own_images)
+    loader.set_epoch(1)
+    for (images, _), (cached_images, _) in zip(expected, loader, strict=True):
+        assert torch.equal(images, cached_images)
 
 
 def test_order_is_drawn_from_seed_and_epoch():

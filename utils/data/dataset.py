@@ -4,6 +4,7 @@ So a batch is the same for any number of loading workers and, taken together, of
 run that goes on needs no state of a loader.
 """
 
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -159,7 +160,8 @@ def _open_split(config: Config, dist: DistEnv, train: bool) -> ImageFolder | CIF
                 f" train/<class>/ and {config.val_dir}/<class>/, or --data shapes for the built-in"
                 " images"
             )
-        return open_image_folder(root, _reader(config.decoder) if train else whole_image)
+        reader = _reader(config.decoder) if train else whole_image
+        return open_image_folder(root, functools.cache(reader) if config.cache_images else reader)
 
 
 def _reader(decoder: str) -> Callable[[str], Image.Image | CroppedImage]:

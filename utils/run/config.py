@@ -117,6 +117,11 @@ class Config:
     resize: str = _option(
         "of crops; torch is faster, a byte may differ by 2", "pil", choices=RESIZE
     )
+    cache_images: bool = _option(
+        "each loading process keeps decoded images in memory: for small data sets",
+        False,
+        place=True,
+    )
     precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
     compile: bool = _option("torch.compile the network and its teacher", False)
     channels_last: bool = _option("memory layout of convolutions", False)
