@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from utils.binarize import BinaryConv2d, LatentConv2d, Sign, add_shift
+from utils.binarize import BinaryConv2d, LatentConv2d, Sign, add_shift, sum_per_channel
 from utils.run.errors import UserError
 
 
@@ -76,6 +76,63 @@ class GlobalAvgPool(nn.AdaptiveAvgPool2d):
     def forward(self, x: Tensor) -> Tensor:
         # Its own gradient has the memory layout of x, which the whole backward pass then keeps.
         return _GlobalAvgPoolFunction.apply(x)
+
+
+class _BatchNormFunction(torch.autograd.Function):
+    """y = weight * x_hat + bias with x_hat = (x - mean) / sqrt(var + eps) of the batch.
+
+    Also returns what the running statistics take, mean and unbiased variance, (C,) each.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float):
+        var, mean = torch.var_mean(x.to(weight.dtype), (0, 2, 3), correction=0, keepdim=True)
+        inverse_std = (var + eps).rsqrt()
+        ctx.save_for_backward(x, mean, inverse_std, weight, bias)
+        y = (x - mean) * (inverse_std * weight.view(mean.shape)) + bias.view(mean.shape)
+        count = x.numel() // x.shape[1]
+        batch_mean, batch_var = mean.flatten(), var.flatten() * (count / (count - 1))
+        ctx.mark_non_differentiable(batch_mean, batch_var)
+        return y, batch_mean, batch_var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_):
+        x, mean, inverse_std, weight, bias = ctx.saved_tensors
+        x_hat = (x - mean) * inverse_std
+        grad_bias, grad_weight = sum_per_channel((bias, grad), (weight, grad * x_hat))
+        count = x.numel() // x.shape[1]
+        mean_grad, mean_product = (s.view(mean.shape) / count for s in (grad_bias, grad_weight))
+        grad_x = (grad - mean_grad - x_hat * mean_product) * (inverse_std * weight.view(mean.shape))
+        return grad_x.to(x.dtype), grad_weight, grad_bias, None
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d, which torch.compile can fuse with what follows: (N, C, H, W) -> the same.
+
+    Compiled in training, the result has the parameters' dtype also under autocast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.compiler.is_compiling():
+            return _batch_norm(x, [self], self.weight, self.bias)
+        return super().forward(x)
+
+
+def _batch_norm(x: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor, bias: Tensor) -> Tensor:
+    """BN of batch statistics with the parameters of `norms`, each of its share of the channels."""
+    if torch.compiler.is_compiling():
+        y, mean, var = _BatchNormFunction.apply(x, weight, bias, norms[0].eps)
+    else:
+        mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
+        y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1, eps=norms[0].eps)
+    with torch.no_grad():
+        shares = mean.chunk(len(norms)), var.chunk(len(norms))
+        for norm, mean, var in zip(norms, *shares, strict=True):
+            norm.running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
+            norm.running_var.mul_(1 - norm.momentum).add_(var, alpha=norm.momentum)
+            norm.num_batches_tracked.add_(1)
+    return y
 
 
 class RealActivation(nn.Module):
@@ -162,21 +219,13 @@ def concatenated_conv_bn(
     In training, one convolution and one BN of the concatenated parameters compute the same.
     """
     # Not of nn.SyncBatchNorm, and not of the reference's convolutions.
-    is_plain = type(norms[0]) is nn.BatchNorm2d and type(convs[0]) in (LatentConv2d, BinaryConv2d)
+    is_plain = type(norms[0]) is BatchNorm2d and type(convs[0]) in (LatentConv2d, BinaryConv2d)
     if not (is_plain and norms[0].training):
         pairs = zip(convs, norms, strict=True)
         return torch.cat([norm(conv(x)) for conv, norm in pairs], dim=1)
     y = convs[0]._conv_forward(x, torch.cat([conv.weight for conv in convs]), None)
-    names = ("running_mean", "running_var", "weight", "bias")
-    values = [torch.cat([getattr(norm, name) for norm in norms]) for name in names]
-    y = F.batch_norm(y, *values, True, norms[0].momentum, norms[0].eps)
-    with torch.no_grad():
-        for name, value in zip(names[:2], values, strict=False):
-            for norm, part in zip(norms, value.chunk(len(norms)), strict=True):
-                getattr(norm, name).copy_(part)
-        for norm in norms:
-            norm.num_batches_tracked.add_(1)
-    return y
+    weight, bias = (torch.cat([getattr(n, name) for n in norms]) for name in ("weight", "bias"))
+    return _batch_norm(y, norms, weight, bias)
 
 
 def binary_convolutions(model: nn.Module) -> dict[str, BinaryConv2d]:

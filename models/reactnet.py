@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from models.layers import (
     AvgPool2x2,
+    BatchNorm2d,
     GlobalAvgPool,
     LearnableBias,
     NetworkOptions,
@@ -41,7 +42,7 @@ class Block(nn.Module):
         self.move11 = LearnableBias(c)
         self.sign1 = options.sign()
         self.binary_3x3 = options.conv(c, c, 3, stride, padding=1)
-        self.bn1 = nn.BatchNorm2d(c)
+        self.bn1 = BatchNorm2d(c)
         self.shortcut = AvgPool2x2() if stride == 2 else nn.Identity()
         self.move12 = LearnableBias(c)
         self.prelu1 = RPReLU(c)
@@ -52,11 +53,11 @@ class Block(nn.Module):
         if self.doubles:
             self.binary_pw_down1 = options.conv(c, c, 1)
             self.binary_pw_down2 = options.conv(c, c, 1)
-            self.bn2_1 = nn.BatchNorm2d(c)
-            self.bn2_2 = nn.BatchNorm2d(c)
+            self.bn2_1 = BatchNorm2d(c)
+            self.bn2_2 = BatchNorm2d(c)
         else:
             self.binary_pw = options.conv(c, c, 1)
-            self.bn2 = nn.BatchNorm2d(c)
+            self.bn2 = BatchNorm2d(c)
         self.move22 = LearnableBias(out_channels)
         self.prelu2 = RPReLU(out_channels)
         self.move23 = LearnableBias(out_channels)
@@ -91,7 +92,7 @@ class ReActNetA(nn.Module):
         stride = 1 if options.small_images else 2
         stem = nn.Sequential()
         stem.conv1 = nn.Conv2d(3, channels[0], 3, stride, padding=1, bias=False)
-        stem.bn1 = nn.BatchNorm2d(channels[0])
+        stem.bn1 = BatchNorm2d(channels[0])
         self.feature = nn.Sequential(stem)
         for before, after in pairwise(channels):
             keeps_size = after == before or before == channels[0]

@@ -14,6 +14,8 @@ Under autocast, Sign and the binary convolution return the lower precision, in w
 exact.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,7 +43,8 @@ class SignSTE(torch.autograd.Function):
         x, shift = ctx.saved_tensors
         a = add_shift(x.to(ctx.dtype), shift)
         grad = ACTIVATION_STES[ctx.ste](a).mul_(grad)
-        return grad, _sum_to_shape_of(shift, grad), None
+        (grad_shift,) = sum_per_channel((shift, grad))
+        return grad, grad_shift, None
 
 
 def clip_derivative(a: Tensor) -> Tensor:
@@ -135,10 +138,11 @@ class RPReLUFunction(torch.autograd.Function):
         x, before, slope, after = ctx.saved_tensors
         a = add_shift(x, before).to(slope.dtype)
         of_negative = grad * _ones_where(torch.le, a, 0)
-        grad_slope = (of_negative * a).sum_to_size(1, len(slope), *[1] * (x.ndim - 2)).flatten()
         slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
         grad_x = torch.addcmul(grad, of_negative, slope_less_1)
-        grad_before, grad_after = _sum_to_shape_of(before, grad_x), _sum_to_shape_of(after, grad)
+        grad_before, grad_slope, grad_after = sum_per_channel(
+            (before, grad_x), (slope, of_negative * a), (after, grad)
+        )
         return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after
 
 
@@ -171,6 +175,7 @@ def channel_scale(w: Tensor) -> Tensor:
 
 
 LATENT_INITS = ("positive", "symmetric")
+LARGE = 64  # rows of an image, see `_channel_sums`
 
 
 class Sign(nn.Module):
@@ -248,6 +253,16 @@ def add_shift(x: Tensor, shift: Tensor | None = None) -> Tensor:
     return x if shift is None else x + shift
 
 
+def sum_per_channel(*pairs: tuple[Tensor | None, Tensor]) -> list[Tensor | None]:
+    """Gradients of parameters per channel, each the sum of its term (N, C, ...) over all the rest.
+
+    Pairs of parameter and term; None for a parameter that is None.
+    """
+    terms = [term for parameter, term in pairs if parameter is not None]
+    sums = iter(_channel_sums(terms))
+    return [None if p is None else next(sums).view(p.shape) for p, _ in pairs]
+
+
 def is_binary(x: Tensor) -> bool:
     """Whether every value is exactly -1 or +1."""
     return bool((x.abs() == 1).all())
@@ -278,9 +293,15 @@ def _overwrite(y: Tensor) -> Tensor | None:
     return None if torch.compiler.is_compiling() else y
 
 
-def _sum_to_shape_of(parameter: Tensor | None, grad: Tensor) -> Tensor | None:
-    """Gradient of a parameter that was broadcast to the shape of `grad`."""
-    return None if parameter is None else grad.sum_to_size(parameter.shape)
+def _channel_sums(terms: list[Tensor]) -> Sequence[Tensor]:
+    if not (torch.compiler.is_compiling() and terms and terms[0].ndim == 4):
+        return [term.sum((0, *range(2, term.ndim))) for term in terms]
+    # First each image's sum, of large images that of four bands: many independent sums, which
+    # torch.compile makes in the kernel that makes the terms; sums it splits itself take one more.
+    height = terms[0].shape[2]
+    bands = 4 if height > LARGE and height % 4 == 0 else 1
+    partial = [term.unflatten(2, (bands, -1)).sum((3, 4)) for term in terms]  # (N, C, bands) each
+    return torch.stack(partial).sum((1, 3))
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype:

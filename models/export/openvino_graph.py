@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from models.bcdnet import CyclicShift
 from models.export.exported import INPUT, OUTPUT
 from models.export.fold import fold_scales
-from models.layers import AvgPool2x2, ChannelScale, GlobalAvgPool
+from models.layers import AvgPool2x2, BatchNorm2d, ChannelScale, GlobalAvgPool
 from models.resnet import LearnedScale
 from utils.binarize import BinaryConv2d, RPReLU, Sign
 from utils.run.errors import UserError
@@ -335,6 +335,7 @@ LAYERS = {
     nn.Identity: Graph.identity,
     nn.Conv2d: Graph.convolution,
     nn.BatchNorm2d: Graph.batch_norm,
+    BatchNorm2d: Graph.batch_norm,
     nn.Linear: Graph.linear,
     nn.ReLU: Graph.elementwise,
     nn.Sigmoid: Graph.elementwise,
