@@ -90,6 +90,7 @@ class _BatchNormFunction(torch.autograd.Function):
         inverse_std = (var + eps).rsqrt()
         ctx.save_for_backward(x, mean, inverse_std, weight, bias)
         y = (x - mean) * (inverse_std * weight.view(mean.shape)) + bias.view(mean.shape)
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
         count = x.numel() // x.shape[1]
         batch_mean, batch_var = mean.flatten(), var.flatten() * (count / (count - 1))
         ctx.mark_non_differentiable(batch_mean, batch_var)
@@ -108,10 +109,7 @@ class _BatchNormFunction(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, which torch.compile can fuse with what follows: (N, C, H, W) -> the same.
-
-    Compiled in training, the result has the parameters' dtype also under autocast.
-    """
+    """nn.BatchNorm2d, whose gradient torch.compile can fuse with its neighbours': (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.compiler.is_compiling():

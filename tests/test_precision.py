@@ -48,14 +48,15 @@ def test_bfloat16_sums_of_signs_are_exact_and_only_the_output_is_rounded(device)
     torch.testing.assert_close(rounded.double(), exact, rtol=2**-8, atol=1e-6)
 
 
-def test_bfloat16_gradients_point_where_float32_gradients_do(device):
+@pytest.mark.parametrize("low", ["bfloat16", "bfloat16_residual"])
+def test_bfloat16_gradients_point_where_float32_gradients_do(low, device):
     images, _ = batch(32, device=device)
     gradients = []
-    for precision in ("float32", "bfloat16"):
+    for precision in ("float32", low):
         conv = nn.Sequential(Sign(), BinaryConv2d(3, 4, 3, latent_init="symmetric"), RPReLU(4))
         torch.manual_seed(0)
         conv[1].reset_parameters()
-        conv.to(device)
+        place(conv, config_with(precision=precision), device)
         with autocast(device, precision):
             loss = conv(images).float().square().mean()
         loss.backward()
@@ -68,6 +69,17 @@ def test_the_residual_path_stays_in_float32_under_autocast(device):
     block = tiny().layer1[0].to(device)
     with autocast(device, "bfloat16"):
         assert block(torch.randn(2, 4, 8, 8).to(device)).dtype == torch.float32
+
+
+def test_bfloat16_residual_computes_it_and_its_gradient_in_bfloat16(device):
+    precision = "bfloat16_residual"
+    block = place(tiny().layer1[0], config_with(precision=precision), device)
+    x = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16, device=device, requires_grad=True)
+    with autocast(device, precision):
+        y = block(x)
+    y.float().square().mean().backward()
+    assert y.dtype == x.grad.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in block.parameters())
 
 
 def test_what_is_saved_for_the_backward_pass_is_saved_in_bfloat16(device):
@@ -114,15 +126,23 @@ def test_channels_last_computes_the_same_in_float64(name, device):
 
 
 @needs_compiler
-def test_a_compiled_block_has_the_gradients_of_the_eager_one(device):
-    block = tiny("reactnet_r18").layer2[0].double().to(device)
-    x = torch.randn(2, 4, 8, 8, dtype=torch.float64).to(device).requires_grad_()
-    fast = compiled(block, COMPILED)
-    inputs = (x, *block.parameters())
-    results = [(y := f(x), torch.autograd.grad(y.square().sum(), inputs)) for f in (block, fast)]
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize(
+    ("name", "part"), [("reactnet_r18", "layer2.0"), ("reactnet_a", "feature.1")]
+)
+def test_a_compiled_block_computes_what_the_eager_one_does(name, part, device):
+    block = tiny(name).get_submodule(part).double().to(device)
+    other = copy.deepcopy(block)
     assert compiled(block, config_with(compile=False)) is block
+    channels = next(block.parameters()).shape[1]
+    for size in (8, 128):  # small and large images
+        x = torch.randn(2, channels, size, size, dtype=torch.float64).to(device).requires_grad_()
+        results = []
+        for module, f in ((block, block), (other, compiled(other, COMPILED))):
+            y = f(x)
+            gradients = torch.autograd.grad(y.square().mean(), (x, *module.parameters()))
+            results.append((y, *gradients, *module.buffers()))
+        for mine, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
 @needs_compiler
@@ -138,7 +158,7 @@ def test_a_compiled_binary_convolution_has_the_bfloat16_numbers_of_the_eager_one
 
 # Of output and gradients, to their norm.  In TF32, of 11 bits, sums of signs are still exact; in
 # bfloat16 a PReLU whose input is within a rounding of 0 may take its other slope.
-ROUNDING = {"float32": 1e-5, "tf32": 2**-9, "bfloat16": 2**-3}
+ROUNDING = {"float32": 1e-5, "tf32": 2**-9, "bfloat16": 2**-3, "bfloat16_residual": 2**-3}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -149,7 +169,8 @@ def test_a_block_has_the_numbers_of_the_float32_reference_to_its_rounding(device
     set_precision(precision)
     # On a CPU the tests above compile; on a GPU each precision has kernels of its own.
     for compile, channels_last in itertools.product({False, device != CPU}, (False, True)):
-        way = config_with(compile=compile, channels_last=channels_last)
+        fast = {"compile": compile, "channels_last": channels_last}
+        way = config_with(precision=precision, **fast)
         fast = compiled(place(copy.deepcopy(block), way, device), way)
         results = outputs_and_gradients(fast, x, precision)
         for mine, theirs in zip(results, expected, strict=True):

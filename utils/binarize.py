@@ -121,16 +121,19 @@ class BinaryConvolution(torch.autograd.Function):
 class RPReLUFunction(torch.autograd.Function):
     """y = PReLU(a) + b2 with a = x + b1, slope and shifts per channel; a shift may be None.
 
-    dy/dx = 1 where a > 0, else slope;  dy/dslope = min(a, 0).
+    dy/dx = 1 where a > 0, else slope;  dy/dslope = min(a, 0).  Under autocast y has the dtype of
+    the slope, or with `low_precision` that of autocast.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, before: Tensor | None, slope: Tensor, after: Tensor | None):
+    def forward(ctx, x: Tensor, before, slope: Tensor, after, low_precision: bool):
         ctx.dtype = x.dtype
         ctx.save_for_backward(x.to(_autocast_dtype(x)), before, slope, after)
         with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
             y = F.prelu(add_shift(x, before).to(slope.dtype), slope)
-        return y if after is None else torch.add(y, after, out=_overwrite(y))
+        y = y if after is None else torch.add(y, after, out=_overwrite(y))
+        dtype = _autocast_dtype(x) if low_precision else y.dtype
+        return y if y.dtype == dtype else y.to(dtype)
 
     @staticmethod
     @once_differentiable
@@ -143,7 +146,7 @@ class RPReLUFunction(torch.autograd.Function):
         grad_before, grad_slope, grad_after = sum_per_channel(
             (before, grad_x), (slope, of_negative * a), (after, grad)
         )
-        return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after
+        return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after, None
 
 
 def sign(x: Tensor, shift: Tensor | None = None, ste: str = "polynomial") -> Tensor:
@@ -206,10 +209,12 @@ class Sign(nn.Module):
 class RPReLU(nn.PReLU):
     """PReLU(x), or RPReLU(x) = PReLU(x + b1) + b2, everything per channel: (N, C, ...) -> same."""
 
+    low_precision = False  # whether autocast's dtype is that of the result, which is the residual
+
     def forward(
         self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None
     ) -> Tensor:
-        return RPReLUFunction.apply(x, before, self.weight, after)
+        return RPReLUFunction.apply(x, before, self.weight, after, self.low_precision)
 
 
 class LatentConv2d(nn.Conv2d):

@@ -1,13 +1,16 @@
 """How a network is computed: precision, memory layout and compilation.
 
-Weights, the optimizer and the residual path behind an RPReLU stay in float32 whatever is chosen;
-before the first one, and in Bi-Real-18, which has none, bfloat16 sums what BN gives in bfloat16.
+Weights and the optimizer stay in float32 whatever is chosen; so does the residual path behind an
+RPReLU, but with bfloat16_residual.  Before the first RPReLU, and in Bi-Real-18, which has none,
+bfloat16 sums what BN gives in bfloat16.
 """
 
 import torch
 from torch import nn
 
-PRECISIONS = ("float32", "tf32", "bfloat16")
+from utils.binarize import RPReLU
+
+PRECISIONS = ("float32", "tf32", "bfloat16", "bfloat16_residual")
 
 
 def set_precision(precision: str) -> None:
@@ -23,12 +26,15 @@ def set_precision(precision: str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context that forward passes run in: convolutions and `fc` in bfloat16, if that."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    """The context that forward passes run in: convolutions and `fc` in bfloat16, if asked for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bfloat16"))
 
 
 def place(model: nn.Module, config, device: torch.device) -> nn.Module:
     """Move a network in place; its inputs then take its memory layout by themselves."""
+    for layer in model.modules():
+        if isinstance(layer, RPReLU):
+            layer.low_precision = config.precision == "bfloat16_residual"
     layout = torch.channels_last if config.channels_last else torch.preserve_format
     return model.to(device, memory_format=layout)
 
