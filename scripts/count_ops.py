@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from models import build_model
 from utils.binarize import BinaryConv2d, is_binary
-from utils.run.command_line import Parser, boolean, command, markdown_table, positive
+from utils.run.command_line import Parser, command, markdown_table, positive
 
-COLUMNS = ("parameters", "binary_weights", "flops", "bops", "ops", "float_bytes", "packed_bytes")
-BOPS_PER_OP = 64
+SUMMED = ("parameters", "binary_weights", "flops", "bops")
+COLUMNS = ("name", *SUMMED, "ops", "float_bytes", "packed_bytes")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LayerCount:
     @property
     def ops(self) -> float:
         """OPs; an int where it is whole."""
-        ops = self.flops + self.bops / BOPS_PER_OP
+        ops = self.flops + self.bops / 64
         return int(ops) if ops.is_integer() else ops
 
     @property
@@ -67,7 +67,7 @@ def count_layers(model: nn.Module, image_size: int) -> list[LayerCount]:
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(count)
     with torch.no_grad():
-        model(torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device))
+        model(torch.zeros(1, 3, image_size, image_size))
 
     counts = []
     for name, module in model.named_modules():
@@ -80,8 +80,7 @@ def count_layers(model: nn.Module, image_size: int) -> list[LayerCount]:
 
 def total(counts: list[LayerCount]) -> LayerCount:
     """The sum over layers."""
-    summed = ("parameters", "binary_weights", "flops", "bops")
-    return LayerCount("total", *(sum(getattr(c, name) for c in counts) for name in summed))
+    return LayerCount("total", *(sum(getattr(c, name) for c in counts) for name in SUMMED))
 
 
 @command
@@ -90,26 +89,16 @@ def main() -> None:
     parser.add_argument("name", help="network of models/")
     parser.add_argument("--image_size", type=positive, default=224, help="pixels, height and width")
     parser.add_argument("--format", choices=("text", "csv", "json"), default="text")
-    parser.add_argument("--num_classes", type=positive, default=1000)
-    parser.add_argument("--width", type=float, default=1.0)
-    parser.add_argument("--small_images", type=boolean, default=False)
-    parser.add_argument("--binary_activations", type=boolean, default=True)
-    parser.add_argument("--binary_weights", type=boolean, default=True)
     arguments = parser.parse_args()
-    options = ("num_classes", "width", "small_images", "binary_activations", "binary_weights")
-    model = build_model(arguments.name, **{name: getattr(arguments, name) for name in options})
-    counts = count_layers(model, arguments.image_size)
-    counts.append(total(counts))
-    rows = [{name: getattr(count, name) for name in ("name", *COLUMNS)} for count in counts]
+    counts = count_layers(build_model(arguments.name), arguments.image_size)
+    rows = [[getattr(count, name) for name in COLUMNS] for count in (*counts, total(counts))]
     if arguments.format == "json":
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([dict(zip(COLUMNS, row, strict=True)) for row in rows], indent=1))
     elif arguments.format == "csv":
-        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(sys.stdout, lineterminator="\n").writerows([COLUMNS, *rows])
     else:
-        cells = [[name, *(f"{n:,}" for n in numbers)] for name, *numbers in map(dict.values, rows)]
-        print(markdown_table([["layer", *COLUMNS], *cells]))
+        cells = [[name, *(f"{n:,}" for n in numbers)] for name, *numbers in rows]
+        print(markdown_table([["layer", *COLUMNS[1:]], *cells]))
 
 
 if __name__ == "__main__":

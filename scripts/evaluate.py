@@ -55,9 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("file", type=Path, help="checkpoint, .safetensors, .onnx or .xml")
     for name in DATA_OPTIONS:
         parser.add_argument(f"--{name}", metavar="X", help="as in training")
-    parser.add_argument(
-        "--classes", type=Path, metavar="DIR", help="one folder for each class of the network"
-    )
+    parser.add_argument("--classes", type=Path, metavar="DIR", help="a folder for each class")
     add_network_options(parser)
     parser.add_argument("--device", choices=DEVICES, default="auto", help="as in training")
     parser.add_argument("--precision", choices=(*PRECISIONS, "float64"), default="float32")
@@ -79,27 +77,20 @@ def main() -> None:
     with init_distributed(arguments.device) as dist:
         set_precision(arguments.precision)
         network = open_on_device(arguments.file, arguments, dist)
-        options = arguments.precision != "float32", arguments.compile, arguments.channels_last
-        if isinstance(network, ExportedNetwork) and any(options):
+        asked = arguments.compile, arguments.channels_last, arguments.save_released
+        is_exported = isinstance(network, ExportedNetwork)
+        if is_exported and (arguments.precision != "float32" or any(asked)):
             raise UserError(
-                f"{network} computes in float32 on an engine of its own:"
-                " leave --precision, --compile and --channels_last out"
+                f"{network} computes in float32 on an engine of its own: leave --precision,"
+                " --compile, --channels_last and --save_released out"
             )
-        if isinstance(network, ExportedNetwork) and arguments.save_released:
-            raise UserError(f"{network} is no checkpoint: --save_released needs one")
         config = data_config(arguments, network)
         loader = val_loader(open_val_images(config, dist), config, dist)
-        if arguments.classes:
-            select_classes(network, arguments.classes, loader)
-        check_classes(network, loader, config.image_size)
-        model = compiled_if_asked(network, arguments)
+        model = model_for(network, loader, arguments)
         results = evaluate(model, loader, arguments.precision, dist)
         if arguments.against:
-            other = open_on_device(arguments.against, arguments, dist)
-            if arguments.classes:
-                select_classes(other, arguments.classes, loader)
-            other_model = compiled_if_asked(other, arguments)
-            results |= compare(model, other_model, loader, arguments.precision)
+            other = model_for(open_on_device(arguments.against, arguments, dist), loader, arguments)
+            results |= compare(model, other, loader, arguments.precision)
     if not dist.is_rank0:
         return
     report(results, str(network), arguments)
@@ -113,18 +104,13 @@ def main() -> None:
 
 def open_on_device(file: Path, arguments: argparse.Namespace, dist: DistEnv) -> Network:
     """The network in a file, on the device; a checkpoint's laid out and in float64 as asked."""
-    options = {name: getattr(arguments, name) for name in ("binary_weights", "small_images")}
-    network = open_network(file, **options)
+    network = open_network(
+        file, binary_weights=arguments.binary_weights, small_images=arguments.small_images
+    )
     model = place(network.model, arguments, dist.device)
     if arguments.precision == "float64" and not isinstance(network, ExportedNetwork):
         model.double().register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     return network
-
-
-def compiled_if_asked(network: Network, arguments: argparse.Namespace) -> nn.Module:
-    """The model, by torch.compile if asked; an exported one is left to its engine."""
-    is_exported = isinstance(network, ExportedNetwork)
-    return network.model if is_exported else compiled(network.model, arguments)
 
 
 def data_config(arguments: argparse.Namespace, network: Network) -> Config:
@@ -135,30 +121,30 @@ def data_config(arguments: argparse.Namespace, network: Network) -> Config:
     return parse_config(DEFAULTS, [f"--{name}={value}" for name, value in options.items()])
 
 
-def select_classes(network: Network, folder: Path, loader: PrefetchLoader) -> None:
-    """Keep only the logits of the data's classes, in their order, by the names in `folder`."""
+def model_for(network: Network, loader: PrefetchLoader, arguments: argparse.Namespace) -> nn.Module:
+    """The model of a network, with logits for the data's classes alone, compiled if asked.
+
+    Raises:
+        UserError: network and data have other classes.
+    """
     model, classes = network.model, loader.dataset.classes
     outputs = engine.count_outputs(model, network.image_size, loader.device)
-    names = class_names_of_network(folder, outputs)
-    if unknown := [name for name in classes if name not in names]:
+    if arguments.classes:
+        names = class_names_of_network(arguments.classes, outputs)
+        if unknown := [name for name in classes if name not in names]:
+            raise UserError(
+                f"{len(unknown)} of the data's {len(classes)} classes are none of the network's,"
+                f" which {arguments.classes} names: {', '.join(unknown[:3])}"
+            )
+        columns = [names.index(name) for name in classes]
+        model.register_forward_hook(lambda module, inputs, logits: logits[:, columns])
+    elif outputs != len(classes):
         raise UserError(
-            f"{len(unknown)} of the data's {len(classes)} classes are none of the network's, which"
-            f" {folder} names: {', '.join(unknown[:3])}"
-        )
-    columns = [names.index(name) for name in classes]
-    model.register_forward_hook(lambda module, inputs, logits: logits[:, columns])
-
-
-def check_classes(network: Network, loader: PrefetchLoader, image_size: int) -> None:
-    """Raise UserError unless the network has as many classes as the data."""
-    outputs = engine.count_outputs(network.model, image_size, loader.device)
-    classes = len(loader.dataset.classes)
-    if outputs != classes:
-        raise UserError(
-            f"the network has {outputs} classes and the data {classes}:"
+            f"the network has {outputs} classes and the data {len(classes)}:"
             " evaluate on the data it was trained for, or match the classes by name with --classes"
             " and the train/ folder of that data"
         )
+    return model if isinstance(network, ExportedNetwork) else compiled(model, arguments)
 
 
 def evaluate(model: nn.Module, loader: PrefetchLoader, precision: str, dist: DistEnv) -> dict:
@@ -179,8 +165,6 @@ def compare(model: nn.Module, other: nn.Module, loader: PrefetchLoader, precisio
     for images, _ in loader:
         with autocast(loader.device, precision):
             ours, theirs = (at_least_float32(network(images)) for network in (model, other))
-        if ours.shape != theirs.shape:
-            raise UserError(f"one network has {ours.shape[1]} classes, one {theirs.shape[1]}")
         sums[0] += (ours.argmax(1) == theirs.argmax(1)).sum()
         sums[1] += (ours - theirs).abs().sum()
         sums[2] += ours.numel()
