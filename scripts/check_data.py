@@ -72,7 +72,7 @@ def is_readable(path: str) -> bool:
 
 def summary(train: Split, val: Split) -> str:
     """Counts of both splits beside ImageNet's."""
-    splits = (train, val)
+    splits = train, val
     counts = {
         "images": [split.images.total() for split in splits],
         "ImageNet's images": IMAGENET_IMAGES.values(),

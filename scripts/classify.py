@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.models import ResNet34_Weights
 
-from models.export.open_network import open_network
+from models.export import open_network
 from utils.data.decode import undecodable, whole_image
 from utils.data.image_folder import class_names_of_network
 from utils.data.transforms import ValTransform, normalize_batch

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from models.checkpoints import LoadedNetwork, inference_content, load_network
-from models.export import onnx, openvino
+from models.export import onnx, open_network, openvino
 from models.export.fold import fold_scales
 from models.layers import binary_convolutions
 from utils.checkpoint import packed
@@ -36,10 +36,7 @@ from utils.run.command_line import Parser, add_network_options, command, positiv
 from utils.run.errors import UserError
 
 SUFFIXES = {"packed": packed.SUFFIX, "onnx": onnx.SUFFIX, "openvino": openvino.SUFFIX}
-ENGINES = {
-    "onnx": (onnx.write_onnx, onnx.OnnxNetwork),
-    "openvino": (openvino.write_openvino, openvino.OpenVinoNetwork),
-}
+WRITERS = {"onnx": onnx.write_onnx, "openvino": openvino.write_openvino}
 FOLDING_TOLERANCE = 1e-6  # of the largest logit, in float64
 WRITTEN_TOLERANCE = 1e-2  # of the logits' standard deviation, for the median image
 
@@ -47,7 +44,7 @@ WRITTEN_TOLERANCE = 1e-2  # of the logits' standard deviation, for the median im
 def parse() -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="checkpoint of any layout, or .safetensors")
-    parser.add_argument("--to", choices=("exact", "packed", *ENGINES), required=True)
+    parser.add_argument("--to", choices=("exact", "packed", *WRITERS), required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="packed")
@@ -76,15 +73,13 @@ def main() -> None:
     image_size = arguments.image_size or loaded.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, 3, image_size, image_size, generator=generator)
-    if arguments.to in ENGINES:
-        write, read = ENGINES[arguments.to]
+    if write := WRITERS.get(arguments.to):
         resize = round(loaded.val_resize * image_size / loaded.image_size)
         write(loaded.model, output, image_size, arguments.batch, resize)
-        written = read(output)
     else:
         check_folding(loaded.model, images)
         write_folded(loaded, arguments.to, output, getattr(torch, arguments.dtype))
-        written = load_network(output).model
+    written = open_network(output).model
     check_written(loaded.model, written, images, files, arguments.dtype == "float16")
     size = sum(file.stat().st_size for file in files)
     names = " and ".join(map(str, files))

@@ -28,8 +28,8 @@ from torch import nn
 from tqdm import tqdm
 
 from models.checkpoints import LoadedNetwork
+from models.export import open_network
 from models.export.exported import ExportedNetwork
-from models.export.open_network import open_network
 from utils import engine
 from utils.checkpoint.checkpoint import write_released
 from utils.checkpoint.files import check_output, sha256

@@ -123,18 +123,15 @@ def sort_val(folder: Path, wnids: Sequence[str]) -> None:
 
 
 def check_counts(folder: Path) -> None:
-    wrong = []
     for split, expected in IMAGENET_IMAGES.items():
         images = open_image_folder(folder / split, whole_image, allow_empty=True)
         count = f"{len(images):,} images in {len(images.classes):,} classes"
         print(f"{folder / split}: {count}")
         if (len(images), len(images.classes)) != (expected, IMAGENET_CLASSES):
-            wrong.append(
+            raise UserError(
                 f"{folder / split} holds {count} instead of {expected:,} in {IMAGENET_CLASSES:,}:"
-                f" remove it, and the same command makes it again"
+                " remove it, and the same command makes it again"
             )
-    if wrong:
-        raise UserError("; ".join(wrong))
 
 
 if __name__ == "__main__":

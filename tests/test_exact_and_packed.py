@@ -1,10 +1,10 @@
-"""Exact +-1 weights, packing and ONNX: equal in float64, layer by layer in float32, and small."""
+"""Exact +-1 weights, packing and ONNX: the same network, and small."""
 
-import json
 import random
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import narrow
 from torch import nn
@@ -44,44 +44,18 @@ def images(count: int = 8, size: int = 32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("has_zero_channels", [False, True])
 @torch.no_grad()
-def test_exact_weights_give_the_same_logits_in_float64(name):
+def test_exact_weights_give_the_same_logits_in_float64(name, has_zero_channels):
     model = trained_like(name)
-    exact = fold_scales(model)
-    assert (exact(images()) - model(images())).abs().max() < 1e-9
-    for conv in binary_convolutions(exact).values():
-        assert (conv.weight.abs() == 1).all()
-    assert all((conv.weight.abs() != 1).any() for conv in binary_convolutions(model).values())
-
-
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_a_channel_whose_latent_weights_are_all_zero_stays_0(name):
-    model = trained_like(name)
-    for conv in binary_convolutions(model).values():
+    convolutions = binary_convolutions(model).values()
+    for conv in convolutions if has_zero_channels else ():
         conv.weight.data[0] = 0
     exact = fold_scales(model)
     difference = exact(images()) - model(images())
     assert torch.isfinite(difference).all() and difference.abs().max() < 1e-9
-
-
-@pytest.mark.parametrize("name", MODELS)
-@torch.no_grad()
-def test_each_block_agrees_in_float32_from_the_same_inputs(name):
-    model = trained_like(name).float()
-    exact = fold_scales(model)
-    blocks = [n for n, m in model.named_modules() if hasattr(m, "scale_folds_into")]
-    seen = {}
-    for block in blocks:
-        model.get_submodule(block).register_forward_hook(
-            lambda _, args, output, block=block: seen.update({block: (args[0], output)})
-        )
-    model(images().float())
-    for block in blocks:
-        inputs, expected = seen[block]
-        # A block with a second Sign may meet a near-tie: nearly all of its values must agree.
-        close = torch.isclose(exact.get_submodule(block)(inputs), expected, rtol=1e-4, atol=1e-4)
-        assert close.double().mean() > 0.999
+    assert all((conv.weight.abs() == 1).all() for conv in binary_convolutions(exact).values())
+    assert all((conv.weight.abs() != 1).any() for conv in convolutions)
 
 
 @torch.no_grad()
@@ -100,17 +74,11 @@ def test_a_scale_that_nothing_takes_up_is_an_error_that_names_its_layer(monkeypa
         fold_scales(trained_like("reactnet_r18"))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 3, 3), (16, 8, 1, 1), (7, 1, 1, 1)])
-def test_signs_come_back(shape):
-    signs = torch.randn(shape) > 0
+def test_signs_are_packed_from_the_lowest_bit_on_and_come_back():
+    signs = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1]).bool().reshape(5, 2, 1, 1)
     packed = pack_signs(signs)
-    assert packed.dtype == torch.uint8 and len(packed) == -(-signs.numel() // 8)
-    assert torch.equal(unpack_signs(packed, list(shape)), signs)
-
-
-def test_the_first_sign_is_the_lowest_bit():
-    signs = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0, 1, 1]).bool().reshape(1, 10, 1, 1)
-    assert pack_signs(signs).tolist() == [0b1, 0b11]
+    assert packed.tolist() == [0b1, 0b11] and packed.dtype == torch.uint8
+    assert torch.equal(unpack_signs(packed, [5, 2, 1, 1]), signs)
 
 
 def pack(model: nn.Module, path, dtype=torch.float32, name="reactnet_a") -> None:
@@ -147,9 +115,7 @@ def test_float16_keeps_kernels_exact_and_rounds_the_rest(tmp_path):
     path = tmp_path / "packed.safetensors"
     pack(exact, path, torch.float16)
     state, _ = read_packed(path)
-    for key, value in exact.state_dict().items():
-        assert state[key].dtype == value.dtype
-        torch.testing.assert_close(state[key], value, rtol=2**-10, atol=1e-4)
+    torch.testing.assert_close(state, dict(exact.state_dict()), rtol=2**-10, atol=1e-4)
     assert (state["feature.3.binary_3x3.weight"].abs() == 1).all()
 
 
@@ -185,9 +151,7 @@ def test_damaged_and_foreign_packed_files_are_one_sentence(tmp_path):
         with pytest.raises(UserError, match="not a packed file, or a damaged one") as caught:
             load_network(path)
         assert "\n" not in str(caught.value)
-    import safetensors.torch
-
-    path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, {"other": json.dumps(1)}))
+    path.write_bytes(safetensors.torch.save({"a": torch.zeros(1)}, {"other": "1"}))
     with pytest.raises(UserError, match="not one packed by this repo"):
         load_network(path)
 

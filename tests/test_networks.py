@@ -8,7 +8,7 @@ from torch import nn
 
 from models import MODELS, build_model
 from models.bcdnet import BinaryMLPBlock, CyclicShift
-from models.layers import NetworkOptions
+from models.layers import NetworkOptions, binary_convolutions
 from models.resnet import LearnedScale
 from utils.binarize import ACTIVATION_STES, Sign
 from utils.losses import soft_target_loss
@@ -109,24 +109,13 @@ def test_every_parameter_receives_a_gradient(name, activations, weights, ste):
     assert not [n for n, g in gradients.items() if not g.any() and not n.endswith(needless)]
 
 
-def distinct_magnitudes(activations: bool, weights: bool) -> tuple[int, int]:
-    """Of the inputs of a binary convolution, and of one kernel that it convolves with."""
-    flags = {"binary_activations": activations, "binary_weights": weights}
-    model = build_model("reactnet_a", width=0.125, small_images=True, **flags)
-    conv, inputs = model.feature[3].binary_3x3, []
-    hook = conv.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    model.eval()(torch.randn(2, 3, 32, 32))
-    hook.remove()
-    impulses = torch.eye(9 * 16).reshape(-1, 16, 3, 3)
-    kernel = conv(impulses)[:, 0, 1, 1]
-    return inputs[0].abs().unique().numel(), kernel.abs().unique().numel()
-
-
-def test_flags_decide_what_is_binary():
-    inputs, kernel = distinct_magnitudes(activations=True, weights=False)
-    assert inputs == 1 and kernel > 1
-    inputs, kernel = distinct_magnitudes(activations=False, weights=True)
-    assert inputs > 1 and kernel == 1
+@pytest.mark.parametrize(("activations", "weights"), FLAGS)
+@pytest.mark.parametrize("name", MODELS)
+def test_flags_decide_what_is_binary(name, activations, weights):
+    with torch.device("meta"):
+        model = build_model(name, binary_activations=activations, binary_weights=weights)
+    assert bool(binary_convolutions(model)) == weights
+    assert any(isinstance(module, Sign) for module in model.modules()) == activations
 
 
 @pytest.mark.parametrize(

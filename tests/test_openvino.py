@@ -108,6 +108,7 @@ def compiled_with_sums(model: nn.Module, images: torch.Tensor):
     outputs = [network.output(0), *(node.output(0) for node in layers)]
     with_sums = openvino.Model(outputs, network.get_parameters())
     compiled = openvino.Core().compile_model(with_sums, "CPU", PRECISION)
+    assert all(kernel.startswith("jit_") for kernel in binary_kernels(compiled))
     logits, *sums = compiled(images.numpy()).to_tuple()
     names = [node.get_friendly_name() for node in layers]
     return logits, dict(zip(names, sums, strict=True))
@@ -131,13 +132,6 @@ def test_every_binary_layer_in_its_network_gives_the_integers_of_float64(name, w
         assert (computed[away] == exact.numpy()[away]).all(), layer
     assert not exact_sums
     assert abs(logits - expected.numpy())[away].max() < 5e-5
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_no_reference_kernel_and_float32_throughout(name):
-    network = build_graph(openvino, trained_like(name), 32, 1)
-    compiled = openvino.Core().compile_model(network, "CPU", PRECISION)
-    assert all(kernel.startswith("jit_") for kernel in binary_kernels(compiled))
 
 
 @pytest.mark.parametrize("batch", [None, 3])
@@ -192,9 +186,8 @@ def test_a_network_of_known_layers_exports_without_a_line_of_its_own():
     logits, sums = compiled_with_sums(model, batch)
     away = (nearest > TIE).numpy()
     assert away.any() and len(sums) == 2
-    assert (
-        sums["blocks.0.binary_conv"][away] == 2 * exact_sums["blocks.0.binary_conv"][away].numpy()
-    ).all()
+    odd = "blocks.0.binary_conv"  # of 5 channels
+    assert (sums[odd][away] == 2 * exact_sums[odd][away].numpy()).all()
     assert abs(logits - expected.numpy())[away].max() < 5e-5
 
 
@@ -224,14 +217,6 @@ def test_what_has_no_exact_form_is_named():
             build_graph(openvino, model.eval(), 33, 1)
 
 
-def test_reactnet_a_is_written_below_8_2_megabytes(tmp_path):
-    path = tmp_path / "network.xml"
-    model = trained_like("reactnet_a", width=1.0, num_classes=1000, small_images=False)
-    write_openvino(model, path, 224, None, val_resize=256)
-    size = path.stat().st_size + constants_path(path).stat().st_size
-    assert 7.9e6 < size < 8.2e6
-
-
 def test_real_weights_and_real_activations_are_refused(tmp_path):
     for option, what in (("binary_weights", "real weights"), ("binary_activations", "real act")):
         model = trained_like("reactnet_a", **{option: False})
@@ -244,17 +229,13 @@ def test_a_damaged_foreign_or_incomplete_network_is_one_sentence(tmp_path):
     path = tmp_path / "network.xml"
     write_openvino(trained_like("bireal_r18"), path, 32, None, 32)
     graph, constants = path.read_bytes(), constants_path(path).read_bytes()
-    flipped = bytearray(constants)
-    flipped[len(flipped) // 2] ^= 1
-    unmarked = graph.replace(b"adambnn", b"another")
+    foreign = "not a binary network for OpenVINO, or a damaged one"
     damages = [
-        (b"", constants, "not a binary network for OpenVINO, or a damaged one"),
-        (graph[:2000], constants, "not a binary network for OpenVINO, or a damaged one"),
-        (b"not a network", constants, "not a binary network for OpenVINO, or a damaged one"),
-        (unmarked, constants, "not a binary network for OpenVINO, or a damaged one"),
-        (graph, constants[:-1], "damaged"),
+        (b"", constants, foreign),
+        (graph[:2000], constants, foreign),
+        (graph.replace(b"adambnn", b"another"), constants, foreign),
         (graph, b"", "damaged"),
-        (graph, bytes(flipped), "is damaged, or not of network.xml"),
+        (graph, constants[:-1] + bytes([constants[-1] ^ 1]), "damaged, or not of network.xml"),
     ]
     for damaged_graph, damaged_constants, words in damages:
         path.write_bytes(damaged_graph)

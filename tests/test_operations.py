@@ -3,50 +3,36 @@
 import pytest
 from torch import nn
 
-from models import build_model
+from models import MODELS, build_model
 from scripts.count_ops import count_layers, total
 from utils.binarize import BinaryConv2d, Sign
 
+RESNET_18 = 10_985_472, 137_793_536, 1_676_279_808
+PUBLISHED = {  # binary layers; parameters, binary weights, FLOPs, BOPs
+    "reactnet_a": (31, 29_343_592, 28_253_184, 11_862_016, 4_816_896_000),
+    "reactnet_r18": (16, 11_704_424, *RESNET_18),
+    "bireal_r18": (16, 11_689_512, *RESNET_18),
+    "strong_baseline_r18": (16, 11_697_200, *RESNET_18),
+    "real_to_binary_r18": (16, 11_991_600, 10_985_472, 138_087_936, 1_676_279_808),
+    "meliusnet29": (48, 11_328_328, 10_321_920, 129_491_968, 5_469_585_408),
+    "bcdnet_a": (55, 45_121_384, 43_981_824, 11_862_016, 4_816_896_000),
+}
 
-def test_reactnet_a_has_the_published_counts():
-    counts = count_layers(build_model("reactnet_a"), 224)
+
+@pytest.mark.parametrize("name", MODELS)
+def test_networks_have_the_parameters_and_operations_of_their_papers(name):
+    counts = count_layers(build_model(name), 224)
     whole = total(counts)
-    assert whole.parameters == 29_343_592
-    assert whole.binary_weights == 28_253_184
-    assert sum(count.binary_weights > 0 for count in counts) == 31
-    assert (whole.flops, whole.bops) == (11_862_016, 4_816_896_000)
+    layers = sum(count.binary_weights > 0 for count in counts)
+    summed = whole.parameters, whole.binary_weights, whole.flops, whole.bops
+    assert (layers, *summed) == PUBLISHED[name]
+
+
+def test_reactnet_a_has_the_published_operations_and_bytes():
+    whole = total(count_layers(build_model("reactnet_a"), 224))
     assert whole.ops == 87_126_016
     assert round(whole.float_bytes / 1e6, 1) == 117.4
     assert round(whole.packed_bytes / 1e6, 2) == 7.89
-
-
-@pytest.mark.parametrize("name", ["reactnet_r18", "bireal_r18", "strong_baseline_r18"])
-def test_resnet_18_networks_have_the_published_operations(name):
-    counts = count_layers(build_model(name), 224)
-    whole = total(counts)
-    assert (whole.flops, whole.bops) == (137_793_536, 1_676_279_808)
-    assert whole.ops == 163_985_408
-    assert whole.binary_weights == 10_985_472
-    assert sum(count.binary_weights > 0 for count in counts) == 16
-    if name == "reactnet_r18":
-        assert whole.parameters == 11_704_424
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "counts"),
-    [
-        ("real_to_binary_r18", 16, (11_991_600, 10_985_472, 138_087_936, 1_676_279_808)),
-        ("meliusnet29", 48, (11_328_328, 10_321_920, 129_491_968, 5_469_585_408)),
-        ("bcdnet_a", 55, (45_121_384, 43_981_824, 11_862_016, 4_816_896_000)),
-    ],
-)
-def test_networks_after_reactnet_have_the_parameters_and_operations_of_their_papers(
-    name, layers, counts
-):
-    per_layer = count_layers(build_model(name), 224)
-    whole = total(per_layer)
-    assert (whole.parameters, whole.binary_weights, whole.flops, whole.bops) == counts
-    assert sum(count.binary_weights > 0 for count in per_layer) == layers
 
 
 @pytest.mark.parametrize(("activations", "weights"), [(True, False), (False, True)])

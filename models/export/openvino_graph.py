@@ -54,7 +54,7 @@ def trace_graph(engine: ModuleType, model: nn.Module, shape: Sequence[int]):
     except (fx.proxy.TraceError, TypeError) as error:
         raise UserError(f"torch.fx cannot trace this {type(model).__name__}: {error}") from error
     graph = Graph(engine, traced)
-    images = graph.input(*shape)
+    images = plain(graph.op.parameter(list(shape), np.float32, name=INPUT), shape[1])
     logits = graph.apply_affine(graph.run(images)).node
     logits.output(0).get_tensor().set_names({OUTPUT})
     images.node.output(0).get_tensor().set_names({INPUT})
@@ -151,11 +151,6 @@ class Graph(fx.Interpreter):
 
     call_method = call_function
 
-    def input(self, *shape: int) -> AffineNode:
-        """An input of the network; -1 leaves a dimension dynamic."""
-        node = self.op.parameter(list(shape), np.float32, name=INPUT)
-        return plain(node, shape[1])
-
     def constant(self, values: np.ndarray):
         return self.op.constant(values.astype(np.float32))
 
@@ -251,17 +246,16 @@ class Graph(fx.Interpreter):
         x = self.apply_affine(x)
         return replace(x, source=getattr(self.op, type(layer).__name__.lower())(x.node))
 
-    def average_pool(self, layer: nn.AvgPool2d, x: AffineNode) -> AffineNode:
-        size, stride, padding = _windows(layer)
+    def pool(self, layer: nn.AvgPool2d | nn.MaxPool2d, x: AffineNode) -> AffineNode:
+        sides = (layer.kernel_size, layer.stride, layer.padding)
+        size, stride, padding = ([n, n] if isinstance(n, int) else list(n) for n in sides)
         rounding = "ceil" if layer.ceil_mode else "floor"
-        node = self.op.avg_pool(x.node, stride, padding, padding, size, True, rounding)
-        return replace(x, source=node)  # (N, C, H/s, W/s)
-
-    def max_pool(self, layer: nn.MaxPool2d, x: AffineNode) -> AffineNode:
-        x = self.apply_scale(x)
-        size, stride, padding = _windows(layer)
-        rounding = "ceil" if layer.ceil_mode else "floor"
-        node = self.op.max_pool(x.node, stride, [1, 1], padding, padding, size, rounding).output(0)
+        if isinstance(layer, nn.AvgPool2d):
+            node = self.op.avg_pool(x.node, stride, padding, padding, size, True, rounding)
+        else:
+            x = self.apply_scale(x)  # the largest value times a negative scale is the smallest
+            windows = (stride, [1, 1], padding, padding, size, rounding)
+            node = self.op.max_pool(x.node, *windows).output(0)
         return replace(x, source=node)  # (N, C, H/s, W/s)
 
     def global_average_pool(self, layer: GlobalAvgPool, x: AffineNode) -> AffineNode:
@@ -339,9 +333,9 @@ LAYERS = {
     nn.Linear: Graph.linear,
     nn.ReLU: Graph.elementwise,
     nn.Sigmoid: Graph.elementwise,
-    nn.MaxPool2d: Graph.max_pool,
-    nn.AvgPool2d: Graph.average_pool,
-    AvgPool2x2: Graph.average_pool,
+    nn.MaxPool2d: Graph.pool,
+    nn.AvgPool2d: Graph.pool,
+    AvgPool2x2: Graph.pool,
     GlobalAvgPool: Graph.global_average_pool,
     CyclicShift: Graph.cyclic_shift,
     ChannelScale: Graph.channel_scale,
@@ -369,12 +363,6 @@ def plain(node: Any, channels: int) -> AffineNode:
 
 def _repeats(channels: int) -> int:
     return 1 + channels % 2
-
-
-def _windows(layer: nn.MaxPool2d | nn.AvgPool2d) -> list[list[int]]:
-    """Size, stride and padding of a pooling layer."""
-    sides = (layer.kernel_size, layer.stride, layer.padding)
-    return [[side] * 2 if isinstance(side, int) else list(side) for side in sides]
 
 
 def _geometry(layer: nn.Conv2d) -> tuple[list[int], ...]:
