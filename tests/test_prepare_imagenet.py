@@ -70,11 +70,8 @@ def assert_complete(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["train", "val"]
     assert class_names(folder / "train") == ["n01", "n02"]
     assert len(list((folder / "train").glob("n0?/n0?_?.JPEG"))) == 6
-    listed = {
-        name: sorted(path.name for path in (folder / "val" / name).iterdir())
-        for name in class_names(folder / "val")
-    }
-    assert listed == SORTED
+    for name in class_names(folder / "val"):
+        assert sorted(path.name for path in (folder / "val" / name).iterdir()) == SORTED[name]
 
 
 def test_archives_become_class_folders_and_are_needed_no_more(prepare, archives, tmp_path):
@@ -109,13 +106,12 @@ def test_an_interrupted_preparation_shows_no_unfinished_split_and_goes_on(
 def test_a_flat_validation_folder_is_sorted_with_the_devkit_alone(prepare, archives, tmp_path):
     assert prepare().code == 0
     val = tmp_path / "data" / "val"
-    for name in VAL:
-        image = next(val.glob(f"*/{name}"))
-        image.rename(val / name)
-    for name in SORTED:
-        (val / name).rmdir()
-    (archives / NAMES["train"]).unlink()
-    (archives / NAMES["val"]).unlink()
+    for wnid, names in SORTED.items():
+        for name in names:
+            (val / wnid / name).rename(val / name)
+        (val / wnid).rmdir()
+    for split in ("train", "val"):
+        (archives / NAMES[split]).unlink()
     assert prepare().code == 0
     assert_complete(tmp_path / "data")
 
@@ -127,9 +123,9 @@ def test_missing_and_damaged_archives_and_wrong_counts_are_named(prepare, archiv
     (archives / NAMES["train"]).unlink()
     prepare().assert_one_sentence(f"lacks {NAMES['train']}, {NAMES['val']}: ")
     assert not (tmp_path / "data").exists()
-    (tmp_path / "data" / "train" / "n01").mkdir(parents=True)
-    (tmp_path / "data" / "val" / "n01").mkdir(parents=True)
-    prepare().assert_one_sentence("train holds 0 images in 1 classes instead of 6 in 2", "val")
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "n01").mkdir(parents=True)
+    prepare().assert_one_sentence("train holds 0 images in 1 classes instead of 6 in 2")
 
 
 def test_without_scipy_the_package_to_install_is_named(prepare, archives, tmp_path, monkeypatch):

@@ -62,7 +62,6 @@ def test_every_form_has_the_same_accuracy_in_float64(trained, results, run_scrip
     for form, name in forms.items():
         converted = run_script("convert", trained, "--to", form, "--output", tmp_path / name)
         assert converted.code == 0, converted.err
-        assert "float64: logits of 16 random images within" in converted.out
         after = results(tmp_path / name, "--precision", "float64")
         assert (after["top1"], after["top5"]) == (before["top1"], before["top5"])
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
@@ -75,42 +74,24 @@ def test_every_form_has_the_same_accuracy_in_float64(trained, results, run_scrip
     assert all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("batch", [(), ("--batch", 2)])
-def test_onnx_file_evaluates_at_the_size_it_was_trained_for(
-    trained, results, run_script, tmp_path, batch
-):
-    pytest.importorskip("onnxruntime")
-    path = tmp_path / "network.onnx"
-    converted = run_script("convert", trained, "--to", "onnx", "--output", path, *batch)
-    assert converted.code == 0, converted.err
-    assert "predictions equal" in converted.out
-    result = results(path)
-    assert result["images"] == COUNT
-    assert result["loss"] == pytest.approx(results(trained)["loss"], 0.05)
-
-
-@pytest.mark.parametrize("form", ["latent", "exact.pth.tar", "packed.safetensors"])
-def test_openvino_network_of_any_form_evaluates_as_the_checkpoint(
-    trained, evaluate, results, run_script, tmp_path, form
+def test_openvino_network_evaluates_as_the_checkpoint(
+    trained, evaluate, results, run_script, tmp_path
 ):
     pytest.importorskip("openvino")
-    source = trained
-    if form != "latent":
-        source = tmp_path / form
-        run_script("convert", trained, "--to", form.split(".")[0], "--output", source)
     path = tmp_path / "network.xml"
-    converted = run_script("convert", source, "--to", "openvino", "--output", path)
+    converted = run_script("convert", trained, "--to", "openvino", "--output", path)
     assert converted.code == 0, converted.err
     assert f"{path} and {tmp_path / 'network.bin'}: " in converted.out
     result = results(path)
     assert result["images"] == COUNT and result["network"] == str(path)
     assert result["loss"] == pytest.approx(results(trained)["loss"], 0.05)
-    for options in (("--precision", "bfloat16"), ("--compile",), ("--channels_last",)):
+    released = "--save_released", tmp_path / "released"
+    for options in (("--precision", "bfloat16"), ("--compile",), ("--channels_last",), released):
         evaluate(path, *options).assert_one_sentence("computes in float32", "leave --precision")
     compared = ("--against", path, "--precision", "float64")
-    result = results(source, *compared)
+    result = results(trained, *compared)
     assert result["same_class"] == COUNT and 0 < result["logit_difference"] < 1e-5
-    assert f"same class for {COUNT} of {COUNT} images" in evaluate(source, *compared).out
+    assert f"same class for {COUNT} of {COUNT} images" in evaluate(trained, *compared).out
     path.with_suffix(".bin").write_bytes(b"")
     evaluate(path).assert_one_sentence("damaged")
 
@@ -125,15 +106,17 @@ def test_other_networks_go_through_both_steps_and_every_form(
     step1, step2 = (tmp_path / step / BEST for step in ("step1", "step2"))
     assert run_step(1, **network).code == 0
     assert run_step(2, **network, init_from=step1).code == 0
-    forms = {"exact": ".pth.tar", "packed": ".safetensors", "onnx": ".onnx", "openvino": ".xml"}
-    for form, suffix in forms.items():
+    source = step2
+    for form, suffix in {"packed": ".safetensors", "onnx": ".onnx", "openvino": ".xml"}.items():
         written = tmp_path / f"{form}{suffix}"
-        converted = run_script("convert", step2, "--to", form, "--output", written)
+        converted = run_script("convert", source, "--to", form, "--output", written)
         assert converted.code == 0, converted.err
+        assert "predictions equal" in converted.out
         compared = results(step2, "--against", written, "--precision", "float64")
         # The engines compute in float32, where a near-tie may go to the other class.
-        assert compared["same_class"] >= COUNT - (form in ("onnx", "openvino"))
-    assert results(written)["network"] == str(written)
+        assert compared["same_class"] >= COUNT - (form != "packed")
+        assert results(written)["images"] == COUNT
+        source = tmp_path / "packed.safetensors"  # of which the engines' forms are made
 
 
 def test_every_form_classifies_by_class_names(trained, run_script, image_folder, tmp_path):
@@ -270,25 +253,23 @@ def test_evaluation_refuses_what_it_cannot_answer(trained, evaluate, tmp_path, r
     evaluate(trained, "--binary_weights", "false").assert_one_sentence("was trained with")
     half = tmp_path / "half"
     half.write_bytes(trained.read_bytes()[: trained.stat().st_size // 2])
-    for script in ("evaluate", "inspect_checkpoint"):
-        arguments = ("--data", two) if script == "evaluate" else ()
-        run_script(script, half, *arguments).assert_one_sentence("damaged or truncated")
+    evaluate(half).assert_one_sentence("damaged or truncated")
+    run_script("inspect_checkpoint", half).assert_one_sentence("damaged or truncated")
 
 
 def test_inspection_shows_network_layout_and_every_binary_layer(trained, run_script, tmp_path):
     result = json.loads(run_script("inspect_checkpoint", trained, "--json").out)
     checkpoint = read_checkpoint(trained)
     assert result["network"] == "reactnet_a" and result["layout"] == "this repo's layout"
-    assert (result["epoch"], result["top1"]) == (checkpoint.epoch, checkpoint.top1)
-    assert result["sha256_16"] == checkpoint.digest
+    read = checkpoint.epoch, checkpoint.top1, checkpoint.digest
+    assert (result["epoch"], result["top1"], result["sha256_16"]) == read
     assert len(result["layers"]) == 31
     for layer in result["layers"]:
         weight = checkpoint.state[f"{layer['name']}.weight"].double()
         assert layer["shape"] == list(weight.shape) and not layer["exact"]
         assert layer["positive_share"] == (weight >= 0).double().mean()
         scales = weight.abs().flatten(1).mean(1)
-        expected = [scales.min().item(), scales.max().item()]
-        assert layer["scale_range"] == pytest.approx(expected, rel=1e-12)
+        assert layer["scale_range"] == pytest.approx([scales.min().item(), scales.max().item()])
         assert layer["magnitude_quantiles"] == sorted(layer["magnitude_quantiles"])
     text = run_script("inspect_checkpoint", trained).out
     assert "feature.13.binary_pw" in text and "latent weights" in text
@@ -318,9 +299,7 @@ def test_conversion_refuses_what_would_lose_something(trained, run_script, run_s
     assert output.read_text() == "mine"
     assert run_script(*convert, "--force").code == 0
 
-    name = ("convert", trained, "--to", "packed", "--output", tmp_path / "packed.bin")
-    run_script(*name).assert_one_sentence("named *.safetensors")
-    for form, suffix in (("onnx", ".onnx"), ("openvino", ".xml")):
+    for form, suffix in {"packed": ".safetensors", "onnx": ".onnx", "openvino": ".xml"}.items():
         named = ("convert", trained, "--to", form, "--output", tmp_path / "network.bin")
         run_script(*named).assert_one_sentence(f"named *{suffix}")
     (tmp_path / "network.bin").write_text("mine")
@@ -362,16 +341,12 @@ def test_a_conversion_that_predicts_otherwise_is_refused_and_leaves_no_file(
 
 def test_counts_are_printed_as_text_csv_and_json(run_script):
     text = run_script("count_ops", "reactnet_a").out
-    total = text.splitlines()[-1].replace("|", "").split()
-    assert total[:6] == [
-        "total", "29,343,592", "28,253,184", "11,862,016", "4,816,896,000", "87,126,016",
-    ]  # fmt: skip
-    as_csv = run_script("count_ops", "reactnet_r18", "--format", "csv").out
-    rows = list(csv.DictReader(as_csv.splitlines()))
-    assert rows[-1]["ops"] == "163985408" and rows[-1]["parameters"] == "11704424"
-    as_json = ("count_ops", "bireal_r18", "--format", "json")
-    rows = json.loads(run_script(*as_json).out)
-    assert rows[-1]["bops"] == sum(row["bops"] for row in rows[:-1]) == 1_676_279_808
+    assert "total | 29,343,592 |" in text.splitlines()[-1]
+    as_csv = run_script("count_ops", "reactnet_a", "--format", "csv").out
+    *layers, whole = csv.DictReader(as_csv.splitlines())
+    assert whole["ops"] == "87126016" and len(layers) > 31
+    rows = json.loads(run_script("count_ops", "reactnet_a", "--format", "json").out)
+    assert rows[-1]["bops"] == sum(row["bops"] for row in rows[:-1]) == 4_816_896_000
 
 
 def test_counts_of_an_unknown_network_list_the_known_ones(run_script):

@@ -5,7 +5,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
-from conftest import CPU, config_with, write_images
+from conftest import CPU, config_with
 
 from models.teacher import load_teacher
 from utils.checkpoint.checkpoint import BEST
@@ -56,13 +56,6 @@ def test_a_teacher_trained_here_gives_soft_targets_without_being_changed(run_ste
     result = run_step(1, teacher=teacher)
     assert result.code == 0, result.err
     assert teacher.read_bytes() == before
-
-
-def test_a_teacher_with_another_class_count_is_refused(run_step, tmp_path):
-    folder = write_images(tmp_path / "images", ("bars", "disc"))
-    assert run_step(1, data=folder, save=tmp_path / "teacher").code == 0
-    result = run_step(1, teacher=tmp_path / "teacher" / BEST)
-    result.assert_one_sentence("has 2 classes and the data 3")
 
 
 def test_a_teacher_that_cannot_compute_the_image_size_is_refused(run_step, monkeypatch):
