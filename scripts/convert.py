@@ -16,7 +16,6 @@ are for inference: latent weights and optimizer stay behind.
 """
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 
@@ -37,7 +36,6 @@ from utils.run.errors import UserError
 
 SUFFIXES = {"packed": packed.SUFFIX, "onnx": onnx.SUFFIX, "openvino": openvino.SUFFIX}
 WRITERS = {"onnx": onnx.write_onnx, "openvino": openvino.write_openvino}
-FOLDING_TOLERANCE = 1e-6  # of the largest logit, in float64
 WRITTEN_TOLERANCE = 1e-2  # of the logits' standard deviation, for the median image
 
 
@@ -71,15 +69,14 @@ def main() -> None:
     )
     print(loaded)
     image_size = arguments.image_size or loaded.image_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(16, 3, image_size, image_size, generator=generator)
     if write := WRITERS.get(arguments.to):
         resize = round(loaded.val_resize * image_size / loaded.image_size)
         write(loaded.model, output, image_size, arguments.batch, resize)
     else:
-        check_folding(loaded.model, images)
         write_folded(loaded, arguments.to, output, getattr(torch, arguments.dtype))
     written = open_network(output).model
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, image_size, image_size, generator=generator)
     check_written(loaded.model, written, images, files, arguments.dtype == "float16")
     size = sum(file.stat().st_size for file in files)
     names = " and ".join(map(str, files))
@@ -94,20 +91,6 @@ def write_folded(loaded: LoadedNetwork, form: str, output: Path, dtype: torch.dt
     else:
         binary = {f"{name}.weight" for name in binary_convolutions(model)}
         packed.write_packed(output, model.state_dict(), binary, content, dtype)
-
-
-@torch.no_grad()
-def check_folding(model: nn.Module, images: Tensor) -> None:
-    """Print how far folding moves a logit in float64, where no rounding flips a Sign."""
-    model, images = copy.deepcopy(model).double(), images.double()
-    expected = model(images)
-    difference = (fold_scales(model)(images) - expected).abs().max()
-    print(f"float64: logits of {len(images)} random images within {difference:.1e}")
-    if not difference <= FOLDING_TOLERANCE * expected.abs().max():
-        raise UserError(
-            "exact weights would predict differently, so nothing was written: check which layers"
-            f" `scale_folds_into` of this {type(model).__name__} names"
-        )
 
 
 @torch.no_grad()
@@ -128,7 +111,10 @@ def check_written(
     if equal < len(images) / 2 or not same_logits:
         for file in files:
             file.unlink()
-        raise UserError(f"{files[0]} predicts differently and was removed: the engine is faulty")
+        raise UserError(
+            f"{files[0]} predicts differently and was removed: the engine is faulty, or"
+            f" `scale_folds_into` of this {type(model).__name__} names wrong layers"
+        )
 
 
 if __name__ == "__main__":
