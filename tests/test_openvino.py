@@ -1,13 +1,10 @@
 """OpenVINO: binary layers equal integers, networks equal float64, wrong engines are refused."""
 
-import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from test_exact_and_packed import trained_like
 from torch import nn
 
@@ -28,8 +25,6 @@ from utils.run.errors import UserError
 pytest.importorskip("openvino")
 openvino = load_engine()
 
-# The engine's own setting and that of the library in it: with one alone, parts use more.
-AVX2 = {"OV_CPU_MAX_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 TIE = 2e-5  # inputs of Sign nearer to 0 may have another sign in float32
 
 
@@ -290,20 +285,3 @@ def test_a_cpu_without_binary_kernels_is_refused(monkeypatch, uncached, kernel):
     with pytest.raises(UserError, match="for this CPU: they need x86-64") as caught:
         load_engine()
     assert "\n" not in str(caught.value)
-
-
-def test_limited_to_avx2_the_layers_are_exact_too():
-    program = """
-from test_openvino import *
-for seed in range(8):
-    test_any_layer_equals_integers(seed)
-layer = SelfTestLayer(40, 24, 3, 2, fused=False)
-print(*compare_with_integers(openvino, layer, (1, 40, 7, 5))[2])
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **AVX2, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))},
-    )
-    assert run.stdout == "jit_avx2_u1\n", run.stderr
