@@ -147,14 +147,12 @@ def test_strong_baseline_scales_by_three_vectors_at_its_size_and_by_channel_at_o
     scale.column.data = torch.tensor([1.0, 11.0, 13.0])[None, None, :]
     assert scale(torch.ones(1, 2, 3, 3))[0, 1, 2, 1] == 3 * 7 * 11
     assert scale(torch.ones(1, 2, 4, 4)).unique().tolist() == [2, 3]
-    built_for = build_model("strong_baseline_r18", width=1 / 32)
-    sizes = [m.row.numel() for m in built_for.modules() if isinstance(m, LearnedScale)]
-    seen = []
-    for module in built_for.modules():
-        if isinstance(module, LearnedScale):
-            module.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
-    built_for.eval()(torch.zeros(1, 3, 224, 224))
-    assert seen == sizes
+    model = build_model("strong_baseline_r18", width=1 / 32).eval()
+    scales, seen = [m for m in model.modules() if isinstance(m, LearnedScale)], []
+    for scale in scales:
+        scale.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[-1]))
+    model(torch.zeros(1, 3, 224, 224))
+    assert seen == [scale.row.numel() for scale in scales]
 
 
 def test_default_gradient_of_sign_is_each_networks_own():

@@ -47,8 +47,8 @@ ALL_LAYERS = sorted(set.union(*map(layer_shapes, MODELS)))
 @pytest.mark.parametrize("layer", ALL_LAYERS, ids=str)
 def test_every_layer_of_every_network_equals_integers_at_odd_sizes_and_batches(layer):
     inputs, _, kernel, _ = layer
-    assert_exact(SelfTestLayer(*layer, fused=False), 3, 7, 5)
-    assert_exact(SelfTestLayer(inputs, inputs, kernel, 1, fused=True), 1, 1, 9)
+    assert_exact(SelfTestLayer(*layer), 3, 7, 5)
+    assert_exact(SelfTestLayer(inputs, inputs, kernel, 1), 1, 1, 9)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -59,9 +59,8 @@ def test_any_layer_equals_integers(seed):
     height, width = map(int, rng.integers(1, 14, 2))
     images = int(rng.integers(1, 4)), height, width
     if seed % 2 == 0:
-        layer = SelfTestLayer(inputs, inputs, kernel_size, 1, fused=True, seed=seed)
-    else:
-        layer = SelfTestLayer(inputs, outputs, kernel_size, stride, fused=False, seed=seed)
+        outputs, stride = inputs, 1
+    layer = SelfTestLayer(inputs, outputs, kernel_size, stride, seed=seed)
     assert_exact(layer, *images, seed=seed)
 
 
