@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from PIL import Image
-from torch.utils.data import default_collate
 from torchvision.models import ResNet34_Weights
 
 from models.export import open_network
@@ -41,8 +40,8 @@ def main() -> None:
         small_images=arguments.small_images,
     )
     transform = ValTransform(network)
-    batches = [default_collate([transform(decode(path))]) for path in arguments.images]
-    images = [normalize_batch(*batch) for batch in batches]  # (1, 3, S, S) each
+    decoded = [transform(decode(path)) for path in arguments.images]
+    images = [normalize_batch(pixels[None], shift[None]) for pixels, shift in decoded]
     names = class_names(arguments.classes, network.model(images[0]).shape[1])
     for path, image in zip(arguments.images, images, strict=True):
         started = time.perf_counter()

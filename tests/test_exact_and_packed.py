@@ -175,7 +175,7 @@ def test_a_damaged_onnx_file_and_a_missing_package_are_one_sentence(tmp_path, mo
     pytest.importorskip("onnxruntime")
     path = tmp_path / "network.onnx"
     path.write_bytes(b"not a network")
-    with pytest.raises(UserError, match="is not an ONNX network of images"):
+    with pytest.raises(UserError, match="for onnxruntime, or a damaged one"):
         OnnxNetwork(path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match="pip install -r requirements-export"):

@@ -223,18 +223,17 @@ def test_a_damaged_foreign_or_incomplete_network_is_one_sentence(tmp_path):
     path = tmp_path / "network.xml"
     write_openvino(trained_like("bireal_r18"), path, 32, None, 32)
     graph, constants = path.read_bytes(), constants_path(path).read_bytes()
-    foreign = "not a binary network for OpenVINO, or a damaged one"
     damages = [
-        (b"", constants, foreign),
-        (graph[:2000], constants, foreign),
-        (graph.replace(b"adambnn", b"another"), constants, foreign),
-        (graph, b"", "damaged"),
-        (graph, constants[:-1] + bytes([constants[-1] ^ 1]), "damaged, or not of network.xml"),
+        (b"", constants),
+        (graph[:2000], constants),
+        (graph.replace(b"adambnn", b"another"), constants),
+        (graph, b""),
+        (graph, constants[:-1] + bytes([constants[-1] ^ 1])),
     ]
-    for damaged_graph, damaged_constants, words in damages:
+    for damaged_graph, damaged_constants in damages:
         path.write_bytes(damaged_graph)
         constants_path(path).write_bytes(damaged_constants)
-        with pytest.raises(UserError, match=words) as caught:
+        with pytest.raises(UserError, match="for OpenVINO, or a damaged one") as caught:
             OpenVinoNetwork(path)
         assert "\n" not in str(caught.value)
     constants_path(path).unlink()

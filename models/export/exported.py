@@ -1,6 +1,7 @@
 """Networks written for an engine, run as if they were modules."""
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -27,9 +28,25 @@ def import_engine(requirements: str, *packages: str) -> ModuleType:
 class ExportedNetwork(nn.Module):
     """(N, 3, S, S) images -> (N, classes) logits, computed on the CPU.
 
-    Subclasses set `path`, `image_size` S, `val_resize`, and `batch`, the N that the file is for or
-    None; they compute one batch in `run`.
+    Subclasses name their engine; `open` sets `image_size` S, `val_resize` and `batch`, the N that
+    the file is for or None, and `run` computes one batch.
+
+    Raises:
+        UserError: another or a damaged file, a package is missing, or no engine to be trusted.
     """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+        try:
+            self.open(path)
+        except UserError:
+            raise
+        except Exception as error:  # engines raise whatever the damaged bytes happen to mean
+            raise UserError(
+                f"{path} is not a network of images for {self.engine_name}, or a damaged one"
+                f" ({type(error).__name__}): convert it again"
+            ) from error
 
     @property
     def model(self) -> nn.Module:

@@ -9,7 +9,6 @@ from torch import nn
 from models.export.exported import INPUT, OUTPUT, VAL_RESIZE, ExportedNetwork, import_engine
 from models.export.fold import to_plain_convs
 from utils.checkpoint.files import atomic_write
-from utils.run.errors import UserError
 
 SUFFIX = ".onnx"
 PACKAGES = ("requirements-export.txt", "onnxruntime", "onnx", "onnxscript")
@@ -44,28 +43,18 @@ def write_onnx(
 
 
 class OnnxNetwork(ExportedNetwork):
-    """(N, 3, S, S) images -> (N, classes) logits, computed by onnxruntime.
+    """A network that onnxruntime computes."""
 
-    Raises:
-        UserError: the file is no ONNX network of one image input, or a package is missing.
-    """
+    engine_name = "onnxruntime"
 
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
+    def open(self, path: Path) -> None:
         runtime = import_engine(*PACKAGES)
-        try:
-            self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-            (self.input,) = self.session.get_inputs()
-            batch, _, self.image_size, _ = self.input.shape
-            self.batch = batch if isinstance(batch, int) else None
-            metadata = self.session.get_modelmeta().custom_metadata_map
-            self.val_resize = int(metadata.get(VAL_RESIZE, self.image_size))
-        except Exception as error:  # onnxruntime raises types of its own for each kind of damage
-            raise UserError(
-                f"{path} is not an ONNX network of images, or a damaged one"
-                f" ({type(error).__name__}): convert it again"
-            ) from error
+        self.session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (self.input,) = self.session.get_inputs()
+        batch, _, self.image_size, _ = self.input.shape
+        self.batch = batch if isinstance(batch, int) else None
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.val_resize = int(metadata.get(VAL_RESIZE, self.image_size))
 
     def run(self, pixels: np.ndarray) -> np.ndarray:
         return self.session.run(None, {self.input.name: pixels})[0]

@@ -6,7 +6,6 @@ with integers: some of its releases compute them wrongly, without an error.
 """
 
 import functools
-import hashlib
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ from torch import nn
 from models.export.exported import VAL_RESIZE, ExportedNetwork, import_engine
 from models.export.openvino_graph import build_graph
 from models.export.openvino_selftest import PRECISION, SELF_TEST, compare_with_integers
-from utils.checkpoint.files import atomic_write
+from utils.checkpoint.files import atomic_write, sha256
 from utils.run.errors import UserError
 
 SUFFIX = ".xml"
@@ -77,7 +76,7 @@ def write_openvino(
         graph_file = Path(folder) / f"network{SUFFIX}"
         engine.serialize(network, graph_file)
         constants = constants_path(graph_file).read_bytes()
-        network.set_rt_info(hashlib.sha256(constants).hexdigest(), [METADATA, DIGEST])
+        network.set_rt_info(sha256(constants_path(graph_file)), [METADATA, DIGEST])
         engine.serialize(network, graph_file)
         graph = graph_file.read_bytes()
     atomic_write(constants_path(path), lambda file: file.write(constants))
@@ -85,34 +84,22 @@ def write_openvino(
 
 
 class OpenVinoNetwork(ExportedNetwork):
-    """(N, 3, S, S) images -> (N, classes) logits, computed by OpenVINO.
+    """A network that OpenVINO computes."""
 
-    Raises:
-        UserError: no network of `write_openvino`, a damaged one, or no engine to be trusted.
-    """
+    engine_name = "OpenVINO"
 
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-        engine = load_engine()
-        constants = constants_path(path)
+    def open(self, path: Path) -> None:
+        engine, constants = load_engine(), constants_path(path)
         if not (path.is_file() and constants.is_file()):
             raise UserError(f"{path} or {constants.name} beside it does not exist")
         self.core = engine.Core()
-        try:
-            self.network = self.core.read_model(path)
-            digest = self.network.get_rt_info([METADATA, DIGEST]).value
-            self.val_resize = int(self.network.get_rt_info([METADATA, VAL_RESIZE]).value)
-            batch, _, size, _ = self.network.input().get_partial_shape()
-            self.image_size = size.get_length()
-            self.batch = batch.get_length() if batch.is_static else None
-        except Exception as error:  # the engine raises whatever the damaged bytes happen to mean
-            raise UserError(
-                f"{path} is not a binary network for OpenVINO, or a damaged one"
-                f" ({type(error).__name__}): convert it again"
-            ) from error
-        if hashlib.sha256(constants.read_bytes()).hexdigest() != digest:
-            raise UserError(f"{constants} is damaged, or not of {path.name}: convert it again")
+        self.network = self.core.read_model(path)
+        if self.network.get_rt_info([METADATA, DIGEST]).value != sha256(constants):
+            raise ValueError("its constants are damaged, or another network's")
+        self.val_resize = int(self.network.get_rt_info([METADATA, VAL_RESIZE]).value)
+        batch, _, size, _ = self.network.input().get_partial_shape()
+        self.image_size = size.get_length()
+        self.batch = batch.get_length() if batch.is_static else None
         self.compiled = {}  # by batch: the engine has binary convolutions for no dynamic one
 
     def run(self, pixels: np.ndarray) -> np.ndarray:
