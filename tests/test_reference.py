@@ -70,14 +70,6 @@ def test_average_pooling_has_the_values_and_gradients_of_torchs_own(device, size
     assert_as_reference(AvgPool2x2(), *inputs, gradient_tolerance=0.0)
 
 
-def test_the_weight_binarizer_is_the_reference_one_to_a_rounding(device):
-    (w,) = leaves(device, (8, 4, 3, 3))
-    tolerance = {"rtol": 1e-6 if w.is_cuda else 3e-7, "atol": 0}  # there in another order
-    torch.testing.assert_close(
-        binarize.binarize_weight(w), reference.binarize_weight(w), **tolerance
-    )
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_in_float64_are_those_of_the_reference_network(name, device):
     torch.manual_seed(0)
