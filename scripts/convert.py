@@ -69,15 +69,17 @@ def main() -> None:
     )
     print(loaded)
     image_size = arguments.image_size or loaded.image_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(16, 3, image_size, image_size, generator=generator)
     if write := WRITERS.get(arguments.to):
         resize = round(loaded.val_resize * image_size / loaded.image_size)
         write(loaded.model, output, image_size, arguments.batch, resize)
+        check_written(loaded.model, images, files)
     else:
-        write_folded(loaded, arguments.to, output, getattr(torch, arguments.dtype))
-    written = open_network(output).model
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(16, 3, image_size, image_size, generator=generator)
-    check_written(loaded.model, written, images, files, arguments.dtype == "float16")
+        # Without rounding first: that shows whether the scales went where they belong.
+        for dtype in dict.fromkeys(("float32", arguments.dtype)):
+            write_folded(loaded, arguments.to, output, getattr(torch, dtype))
+            check_written(loaded.model, images, files, rounded=dtype == "float16")
     size = sum(file.stat().st_size for file in files)
     names = " and ".join(map(str, files))
     print(f"wrote {names}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
@@ -95,13 +97,13 @@ def write_folded(loaded: LoadedNetwork, form: str, output: Path, dtype: torch.dt
 
 @torch.no_grad()
 def check_written(
-    model: nn.Module, written: nn.Module, images: Tensor, files: list[Path], rounded: bool
+    model: nn.Module, images: Tensor, files: list[Path], rounded: bool = False
 ) -> None:
     """Print whether the written network predicts as the one it came from; remove it if not.
 
     Of a network whose parameters were `rounded`, only the predicted classes are compared.
     """
-    expected, logits = model(images), written(images)
+    expected, logits = model(images), open_network(files[0]).model(images)
     equal = int((expected.argmax(1) == logits.argmax(1)).sum())
     difference = (expected - logits).abs().amax(1)  # (N,)
     largest, typical = difference.max(), difference.median()
