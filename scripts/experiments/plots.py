@@ -1,7 +1,7 @@
 """Draw a table or figure of the paper from its CSV, and make a Markdown table of its numbers."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ OPTIMIZERS = {
     "Adam": {"color": "tab:blue", "linestyle": "-", "marker": "o"},
 }
 STAR = {"marker": "*", "s": 120, "edgecolors": "black", "linewidths": 0.6, "zorder": 3}
+TRIANGLE = {"marker": "^", "edgecolors": "black"}
+# Columns of the Markdown tables.
+ACCURACY = {"top1": ".2f", "top5": ".2f"}
+STABILITY = {"ff_ratio": ".2e", "c2i_ratio": ".4f", "top1": ".2f", "decay_to_gradient": ".2g"}
 Drawing = tuple[Figure, list[list[str]]]  # and the rows of the Markdown table, header first
-
-
-def line_style(place: int) -> dict[str, Any]:
-    """Of one line among others."""
-    place %= 10
-    return {"color": f"C{place}", "linestyle": DASHES[place], "marker": MARKERS[place]}
 
 
 def mean_and_margin(values: np.ndarray, form: str = ".2f") -> str:
@@ -49,17 +47,28 @@ def bar(values: np.ndarray) -> float:
     return margin_of(values) if len(values) > 1 else 0.0
 
 
-def by_epoch(rows: Table, column: str) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """Epochs, and the column's mean, minimum and maximum over the seeds in each."""
-    epochs = rows.distinct("epoch")
-    values = [rows.where(epoch=epoch).numbers(column) for epoch in epochs]
-    parts = (np.array([f(v) for v in values]) for f in (np.mean, np.min, np.max))
-    return list(map(int, epochs)), *parts
+def over_seeds(rows: Table, axis: str, column: str) -> np.ndarray:
+    """(4, n): the values of `axis`, rising, and mean, minimum and maximum of `column` at each."""
+    points = []
+    for place, there in rows.split(axis).items():
+        values = there.numbers(column)
+        points.append((float(place), values.mean(), values.min(), values.max()))
+    return np.array(sorted(points)).T
+
+
+def of_each_seed(rows: Table, column: str, reduce: Callable = np.mean) -> np.ndarray:
+    return np.array([reduce(seed.numbers(column)) for seed in rows.split("seed").values()])
+
+
+def mean_histogram(rows: Table) -> Iterator[np.ndarray]:
+    """Left and right ends of the bins, which all seeds share, and the mean share in each."""
+    seeds = len(rows.distinct("seed"))
+    return (rows.numbers(name).reshape(seeds, -1).mean(0) for name in ("left", "right", "share"))
 
 
 def draw_line(axes: Axes, rows: Table, column: str, **style: Any) -> None:
     """The mean over seeds against epochs, and their range as a shade."""
-    epochs, mean, low, high = by_epoch(rows, column)
+    epochs, mean, low, high = over_seeds(rows, "epoch", column)
     (line,) = axes.plot(epochs, mean, markevery=0.2, markersize=4, **style)
     axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 
@@ -67,36 +76,38 @@ def draw_line(axes: Axes, rows: Table, column: str, **style: Any) -> None:
 def compare_runs(ours: Table, paper: Table, formats: Mapping[str, str]) -> list[list[str]]:
     """Our and the published values, where there are any, of each run side by side."""
     columns = [
-        (f"{column} {name}", column, source)
+        (f"{column} {name}", source, column)
         for column in formats
         for name, source in (("here", ours), ("published", paper))
         if source is ours or len(paper.numbers(column))
     ]
     rows = [["", "seeds", *(title for title, *_ in columns)]]
     for run in dict.fromkeys(ours.distinct("run") + paper.distinct("run")):
-        cells = [
-            mean_and_margin(source.where(run=run).numbers(column), formats[column])
-            for _, column, source in columns
-        ]
-        rows.append([run, str(len(ours.where(run=run)) or ""), *cells])
+        cells = [str(len(ours.where(run=run)) or "")]
+        for _, source, column in columns:
+            values = source.where(run=run).numbers(column)
+            cells.append(mean_and_margin(values, formats[column]))
+        rows.append([run, *cells])
     return rows
 
 
+def after_step1(rows: Table) -> Table:
+    return Table(row for row in rows if not row["run"].startswith("step 1"))
+
+
 def draw_table1(ours: Table, paper: Table) -> Drawing:
-    formats = ("ff_ratio", "c2i_ratio", "top1")
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.5))
-    runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
+    runs = after_step1(ours).distinct("run")
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
-        for place, run in enumerate(runs):
-            rows = source.where(run=run)
-            if not rows:
+        for run, rows in source.split("run").items():
+            if run not in runs:
                 continue
-            columns = [rows.numbers(column) for column in formats]
-            x, y, top1 = (values.mean() for values in columns)
+            place = runs.index(run)
             marker = "s" if run.startswith("two-step") else MARKERS[2 + place % 8]
-            label = f"{run}: {top1:.2f} %"
-            bars = {"xerr": bar(columns[0]), "yerr": bar(columns[1]), "capsize": 3}
-            axes.errorbar(x, y, **bars, color=f"C{place}", marker=marker, linestyle="", label=label)
+            look = {"color": f"C{place}", "marker": marker, "linestyle": "", "capsize": 3}
+            ff, c2i, top1 = (rows.numbers(name) for name in ("ff_ratio", "c2i_ratio", "top1"))
+            label = f"{run}: {top1.mean():.2f} %"
+            axes.errorbar(ff.mean(), c2i.mean(), bar(c2i), bar(ff), label=label, **look)
         axes.set(xscale="log", xlabel="FF ratio", ylabel="C2I ratio", title=title)
         axes.margins(0.1)
         axes.legend(title="run (weight decay): top-1", fontsize=8, title_fontsize=8)
@@ -106,14 +117,15 @@ def draw_table1(ours: Table, paper: Table) -> Drawing:
 def draw_stability(ours: Table, paper: Table) -> Drawing:
     """FF and C2I against epochs, without the runs of step 1."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 5))
-    runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
     summary = [["", "FF, first epoch", "FF, last", "C2I, first epoch", "C2I, last"]]
     columns = {"ff_ratio": ".2e", "c2i_ratio": ".4f"}
-    for place, run in enumerate(runs):
-        rows, cells = ours.where(run=run), [run]
+    for place, (run, rows) in enumerate(after_step1(ours).split("run").items()):
+        cells = [run]
+        style = {"linestyle": DASHES[place % 10], "marker": MARKERS[place % 10]}
         for axes, (column, form) in zip(panels, columns.items(), strict=True):
-            draw_line(axes, rows, column, label=run, **line_style(place))
-            cells += [format(by_epoch(rows, column)[1][end], form) for end in (0, -1)]
+            draw_line(axes, rows, column, label=run, **style)
+            _, means, *_ = over_seeds(rows, "epoch", column)
+            cells += [format(mean, form) for mean in means[[0, -1]]]
         summary.append(cells)
     panels[0].set(yscale="log", xlabel="epoch", ylabel="FF ratio")
     panels[1].set(xlabel="epoch", ylabel="C2I ratio")
@@ -121,12 +133,8 @@ def draw_stability(ours: Table, paper: Table) -> Drawing:
     return figure, summary
 
 
-def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] | None = None) -> Drawing:
-    """The mean of each run with its interval, dots for single seeds.
-
-    Args:
-        columns: of the table, top-1 and top-5 by default, and their formats.
-    """
+def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] = ACCURACY) -> Drawing:
+    """The mean of each run with its interval, dots for single seeds."""
     sources = [ours, paper] if paper else [ours]
     figure, panels = plt.subplots(1, len(sources), figsize=(11, 4.5), squeeze=False)
     for axes, title, source in zip(panels[0], HERE_AND_PAPER, sources, strict=False):
@@ -142,95 +150,81 @@ def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] | None
         axes.margins(x=0.15, y=0.5 / len(runs))
         axes.grid(axis="y", linewidth=0.4)
         axes.set(title=title, xlabel="top-1 %")
-    return figure, compare_runs(ours, paper, columns or {"top1": ".2f", "top5": ".2f"})
+    return figure, compare_runs(ours, paper, columns)
 
 
 def draw_surfaces(ours: Table, paper: Table) -> Drawing:
     """The surface of the first seed, and the rise of the loss with the distance over all seeds."""
     cases = [(run, norm) for norm in ours.distinct("batch_norm") for run in ours.distinct("run")]
-    figure, panels = plt.subplots(2, len(cases), figsize=(3.6 * len(cases), 7), squeeze=False)
-    seed = ours.distinct("seed")[0]
+    tables = [ours.where(run=run, batch_norm=norm) for run, norm in cases]
     # Far corners would flatten the rest: the scale ends within the surface that is lower there.
-    tops = [np.quantile(select(ours, *case).numbers("rise"), 0.95) for case in cases]
-    low, high = 0, max(min(tops), 0.01)
+    top = max(min(np.quantile(rows.numbers("rise"), 0.95) for rows in tables), 0.01)
+    levels = np.linspace(0, top, 13)
+    figure, panels = plt.subplots(2, len(cases), figsize=(3.6 * len(cases), 7), squeeze=False)
     summary = [["", "BN", "rise at 0.1", "at 0.5", "at 1"]]
-    for (run, norm), (above, below) in zip(cases, panels.T, strict=True):
-        rows = select(ours, run, norm)
-        one = rows.where(seed=seed)
-        points, alphas = np.unique(one.numbers("alpha"), return_inverse=True)
-        betas = np.searchsorted(points, one.numbers("beta"))
-        rise = np.full((len(points), len(points)), np.nan)
-        rise[alphas, betas] = one.numbers("rise")
-        levels = np.linspace(low, high, 13)
+    for (run, norm), rows, (above, below) in zip(cases, tables, panels.T, strict=True):
+        one = rows.where(seed=ours[0]["seed"])
+        points = np.unique(one.numbers("alpha"))
+        rise = one.numbers("rise").reshape(len(points), -1)
         shades = above.contourf(points, points, rise.T, levels, extend="max", cmap="cividis")
         above.contour(points, points, rise.T, levels, colors="black", linewidths=0.4)
         above.set(aspect="equal", title=f"{run}, BN {norm}", xlabel="direction 1")
-        distances = sorted(set(map(float, rows.distinct("distance"))))
-        values = [rows.where(distance=f"{distance:.6g}").numbers("rise") for distance in distances]
-        means, lows, highs = ([f(v) for v in values] for f in (np.mean, np.min, np.max))
+        distances, means, lows, highs = over_seeds(rows, "distance", "rise")
         below.plot(distances, means, color="black")
         below.fill_between(distances, lows, highs, color="tab:blue", alpha=0.3, hatch="//")
-        below.set(xlabel="distance from the centre", ylim=(low - 0.05 * high, 1.5 * high))
-        at = [rows.where(distance=distance).numbers("rise") for distance in ("0.1", "0.5", "1")]
-        summary.append([run, norm, *(f"{v.mean():.3g}" if len(v) else "" for v in at)])
+        below.set(xlabel="distance from the centre", ylim=(-0.05 * top, 1.5 * top))
+        at = [means[distances == distance] for distance in (0.1, 0.5, 1)]
+        summary.append([run, norm, *(mean_and_margin(mean, ".3g") for mean in at)])
     panels[0, 0].set_ylabel("direction 2")
     panels[1, 0].set_ylabel("rise of the loss: mean and range")
     figure.colorbar(shades, ax=panels[0].tolist(), label="rise of the loss", shrink=0.8)
     return figure, summary
 
 
-def select(rows: Table, run: str, batch_norm: str) -> Table:
-    return rows.where(run=run, batch_norm=batch_norm)
-
-
 def draw_curves(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
     header = ["", "training", "training images as in validation", "validation"]
     summary = [[*header, "validation published"]]
-    for run in ours.distinct("run"):
+    for run, rows in ours.split("run").items():
         kind, optimizer = run.split(", ")
-        axes, colour = panels[int(kind == "binary")], OPTIMIZERS[optimizer]["color"]
-        rows, cells = ours.where(run=run), [run]
-        last = rows.distinct("epoch")[-1]
-        splits = (("train_top1", "training", ":"), ("val_top1", "validation", "-"))
-        for column, split, style in splits:
-            marker, label = OPTIMIZERS[optimizer]["marker"], f"{optimizer}, {split}"
-            draw_line(axes, rows, column, color=colour, linestyle=style, marker=marker, label=label)
-        for column in ("train_top1", "fixed_train_top1", "val_top1"):
-            cells.append(mean_and_margin(rows.where(epoch=last).numbers(column)))
-        fixed = rows.numbers("fixed_train_top1")
+        axes, look = panels[int(kind == "binary")], OPTIMIZERS[optimizer]
+        for column, split, dashes in (
+            ("train_top1", "training", ":"),
+            ("val_top1", "validation", "-"),
+        ):
+            style = look | {"linestyle": dashes, "label": f"{optimizer}, {split}"}
+            draw_line(axes, rows, column, **style)
+        last = rows.where(epoch=rows[-1]["epoch"])
+        columns = ("train_top1", "fixed_train_top1", "val_top1")
+        cells = [mean_and_margin(last.numbers(column)) for column in columns]
         published = paper.where(run=run).numbers("val_top1")
-        axes.scatter([int(last)] * len(fixed), fixed, color=colour, marker="^", edgecolors="black")
-        axes.scatter([int(last)] * len(published), published, color=colour, **STAR)
+        summary.append([run, *cells, mean_and_margin(published, ".0f")])
+        for values, marker in ((last.numbers("fixed_train_top1"), TRIANGLE), (published, STAR)):
+            epochs = [int(last[0]["epoch"])] * len(values)
+            axes.scatter(epochs, values, color=look["color"], **marker)
         axes.set(title=kind, xlabel="epoch", ylabel="top-1 %")
-        summary.append([*cells, mean_and_margin(published, ".0f")])
     panels[0].scatter([], [], color="white", **STAR, label="published end (ImageNet)")
     label = "training images as in validation"
-    panels[0].scatter([], [], color="white", marker="^", edgecolors="black", label=label)
+    panels[0].scatter([], [], color="white", **TRIANGLE, label=label)
     panels[0].legend(fontsize=8)
     return figure, summary
 
 
 def draw_activations(ours: Table, paper: Table) -> Drawing:
-    runs = ours.distinct("run")
-    figure, panels = plt.subplots(
-        len(runs), 2, figsize=(10, 6), sharex=True, sharey=True, squeeze=False
-    )
+    cases = [(run, epoch) for run in ours.distinct("run") for epoch in ("first", "last")]
+    layout = {"figsize": (10, 6), "sharex": True, "sharey": True, "squeeze": False}
+    figure, panels = plt.subplots(len(cases) // 2, 2, **layout)
     summary = [["", "epoch", "saturation here", "published"]]
-    cases = [(run, epoch) for run in runs for epoch in ("first", "last")]
     for axes, (run, epoch) in zip(panels.flat, cases, strict=True):
         rows = ours.where(run=run, epoch=epoch)
-        seeds = [rows.where(seed=seed) for seed in rows.distinct("seed")]
-        bins = (len(seeds), -1)  # of each seed the same
-        columns = (rows.numbers(column) for column in ("left", "right", "share"))
-        left, right, share = (column.reshape(bins).mean(0) for column in columns)
+        left, right, share = mean_histogram(rows)
         is_inside = (left >= -1 - 1e-9) & (right <= 1 + 1e-9)
         for part, style in (
             (is_inside, {"color": "tab:blue"}),
             (~is_inside, {"color": "tab:red", "hatch": "///", "edgecolor": "white"}),
         ):
             axes.bar(left[part], share[part], (right - left)[part], align="edge", **style)
-        here = np.array([seed.numbers("saturation").mean() for seed in seeds])
+        here = of_each_seed(rows, "saturation")
         published = paper.where(run=run, epoch=epoch).numbers("saturation").mean()
         title = f"{run}, {epoch} epoch: {here.mean():.1%} saturated (published {published:.1%})"
         axes.set_title(title, fontsize=9)
@@ -241,27 +235,23 @@ def draw_activations(ours: Table, paper: Table) -> Drawing:
 
 def draw_layers(ours: Table, paper: Table) -> Drawing:
     """A panel for some layers: saturation above, SDAM below, against epochs."""
-    layers = ours.distinct("layer")
+    layers, runs = ours.distinct("layer"), ours.distinct("run")
     shown = [layers[place] for place in np.linspace(0, len(layers) - 1, 4).round().astype(int)]
     figure, panels = plt.subplots(2, len(shown), figsize=(13, 6), sharex=True)
-    for column, layer in enumerate(shown):
-        for row, measured in enumerate(("saturation", "sdam")):
-            for run in ours.distinct("run"):
-                rows = ours.where(run=run, layer=layer)
-                draw_line(panels[row, column], rows, measured, label=run, **OPTIMIZERS[run])
-            panels[row, column].set(title=f"layer {layer}", ylabel="" if column else measured)
+    columns = {"saturation": ".2%", "sdam": ".2e"}
+    for above_and_below, layer in zip(panels.T, shown, strict=True):
+        for axes, column in zip(above_and_below, columns, strict=True):
+            for run, rows in ours.where(layer=layer).split("run").items():
+                draw_line(axes, rows, column, label=run, **OPTIMIZERS[run])
+            axes.set(title=f"layer {layer}", ylabel="" if layer != layers[0] else column)
     panels[0, 0].legend()
     figure.supxlabel("epoch", fontsize="medium")
-    runs = ours.distinct("run")
-    columns = {"saturation": ".2%", "sdam": ".2e"}
     summary = [["layer", *(f"{column}, {run}" for column in columns for run in runs)]]
-    last = ours.where(epoch=ours.distinct("epoch")[-1])
-    for layer in layers:
+    for layer, rows in ours.where(epoch=ours[-1]["epoch"]).split("layer").items():
         cells = [layer]
-        for measured, form in columns.items():
+        for column, form in columns.items():
             for run in runs:
-                values = last.where(run=run, layer=layer).numbers(measured)
-                cells.append(mean_and_margin(values, form))
+                cells.append(mean_and_margin(rows.where(run=run).numbers(column), form))
         summary.append(cells)
     return figure, summary
 
@@ -271,17 +261,14 @@ def draw_kernels(ours: Table, paper: Table, column: str, label: str) -> Drawing:
     smallest = ours.where(run="Adam").numbers(column).min(initial=np.inf)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     summary = [["", f"smallest {label}", "standard deviation", "below Adam's smallest"]]
-    for axes, run in zip(panels, ours.distinct("run"), strict=False):
-        rows = ours.where(run=run)
+    for axes, (run, rows) in zip(panels, ours.split("run").items(), strict=False):
         values = rows.numbers(column)
         axes.bar(range(len(values)), values, color=OPTIMIZERS[run]["color"])
         axes.axhline(smallest, color="black", linewidth=0.8, linestyle="--")
         axes.set(title=run, xlabel="kernel, of all seeds", ylabel=label)
-        seeds = [rows.where(seed=seed).numbers(column) for seed in rows.distinct("seed")]
-        least, spread = (np.array([f(v) for v in seeds]) for f in (np.min, np.std))
-        below = f"{(values < smallest).mean():.1%}"
+        least, spread = (of_each_seed(rows, column, reduce) for reduce in (np.min, np.std))
         cells = mean_and_margin(least, ".3g"), mean_and_margin(spread, ".3g")
-        summary.append([run, *cells, below])
+        summary.append([run, *cells, f"{(values < smallest).mean():.1%}"])
     for row in paper:
         published = [row.get(name) or "" for name in ("smallest_cam", "sdam", "share_below")]
         summary.append([f"{row['run']}, published", *published])
@@ -296,13 +283,13 @@ def draw_two_nodes(ours: Table, paper: Table) -> Drawing:
         "backward: clip(x) + clip(y)": x.clip(-1, 1) + y.clip(-1, 1),
     }
     figure, panels = plt.subplots(1, 2, figsize=(11, 5))
+    summary = [["", "ends at x", "y", "published x", "y"]]
     for axes, (title, height) in zip(panels, surfaces.items(), strict=True):
         shades = axes.contourf(x, y, height, np.linspace(-2, 2, 17), cmap="Greys", alpha=0.7)
-        for run in ours.distinct("run"):
-            style = {name: OPTIMIZERS[run][name] for name in ("color", "linestyle")}
-            for seed in ours.distinct("seed"):
-                path = ours.where(run=run, seed=seed)
-                label = None if seed != "0" else run
+        for run, rows in ours.split("run").items():
+            style = OPTIMIZERS[run] | {"marker": ""}
+            for seed, path in rows.split("seed").items():
+                label = run if seed == "0" else None
                 axes.plot(path.numbers("x"), path.numbers("y"), **style, label=label)
             end = paper.where(run=run)
             axes.scatter(end.numbers("x"), end.numbers("y"), color=style["color"], **STAR)
@@ -310,9 +297,7 @@ def draw_two_nodes(ours: Table, paper: Table) -> Drawing:
         axes.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     panels[0].legend(loc="upper right", fontsize=8)
     figure.colorbar(shades, ax=panels, shrink=0.8)
-    summary = [["", "ends at x", "y", "published x", "y"]]
-    for run in ours.distinct("run"):
-        ends = ours.where(run=run, step=ours[-1]["step"])
+    for run, ends in ours.where(step=ours[-1]["step"]).split("run").items():
         here = [mean_and_margin(ends.numbers(name)) for name in "xy"]
         published = [f"{paper.where(run=run).numbers(name).mean():.1f}" for name in "xy"]
         summary.append([run, *here, *published])
@@ -321,25 +306,20 @@ def draw_two_nodes(ours: Table, paper: Table) -> Drawing:
 
 def draw_latents(ours: Table, paper: Table) -> Drawing:
     """The mean over seeds."""
-    runs = ours.distinct("run")
+    runs = ours.split("run")
     columns = (len(runs) + 1) // 2
     size = (5.5 * columns, 7)
     figure, panels = plt.subplots(2, columns, figsize=size, sharex=True, squeeze=False)
     header = ["", "top-1 here", "published", "sum of rates"]
     summary = [[*header, "|w| < 0.05", "0.5 < |w| < 0.7", "|w| > 0.9"]]
-    for axes, run in zip(panels.flat, runs, strict=False):
-        epochs = ours.where(run=run).distinct("epoch")
+    for axes, (run, of_run) in zip(panels.flat, runs.items(), strict=False):
+        epochs = of_run.split("epoch")
         shades = plt.get_cmap("viridis_r")(np.linspace(0, 1, len(epochs)))
-        for place, (epoch, shade) in enumerate(zip(epochs, shades, strict=True)):
-            rows = ours.where(run=run, epoch=epoch)
-            bins = (len(rows.distinct("seed")), -1)  # of each seed the same
-            left, right, share = (
-                rows.numbers(column).reshape(bins).mean(0) for column in ("left", "right", "share")
-            )
-            style = {"color": shade, "linewidth": 0.6 + 0.3 * place, "label": f"epoch {epoch}"}
-            axes.stairs(share, [*left, right[-1]], **style)
-        firsts = Table(rows[:: len(share)])  # one row of each seed
-        here, published = firsts.numbers("top1"), paper.where(run=run).numbers("top1")
+        for place, (epoch, rows) in enumerate(epochs.items()):
+            left, right, share = mean_histogram(rows)
+            style = {"color": shades[place], "linewidth": 0.6 + 0.3 * place}
+            axes.stairs(share, [*left, right[-1]], label=f"epoch {epoch}", **style)
+        here, published = of_each_seed(rows, "top1"), paper.where(run=run).numbers("top1")
         axes.set_title(f"{run}: {here.mean():.2f} %", fontsize=10)
         axes.set(yscale="log", ylabel="share of the weights")
         middle = np.abs(left + right) / 2
@@ -356,8 +336,7 @@ def draw_rates(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
     summary = [["", "optimizer", "learning rate", "top-1"]]
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
-        for optimizer in ours.distinct("optimizer"):
-            rows = source.where(optimizer=optimizer)
+        for optimizer, rows in source.split("optimizer").items():
             rates, top1 = rows.numbers("learning_rate"), rows.numbers("top1")
             axes.plot(rates, top1, "k.", markersize=4, zorder=3)
             seeds = {rate: top1[rates == rate] for rate in np.unique(rates)}
@@ -372,7 +351,6 @@ def draw_rates(ours: Table, paper: Table) -> Drawing:
 
 
 # Experiments that are more than accuracies side by side.
-STABILITY = {"ff_ratio": ".2e", "c2i_ratio": ".4f", "top1": ".2f", "decay_to_gradient": ".2g"}
 DRAWINGS: dict[str, Callable[[Table, Table], Drawing]] = {
     "table1": draw_table1,
     "table1_epochs": draw_stability,

@@ -30,12 +30,13 @@ class Table(list[Row]):
         """Its values, in order of first appearance."""
         return list(dict.fromkeys(row[column] for row in self))
 
+    def split(self, column: str) -> dict[str, "Table"]:
+        """The rows of each of its values."""
+        return {value: self.where(**{column: value}) for value in self.distinct(column)}
+
     def numbers(self, column: str) -> np.ndarray:
-        """Its values, without empty cells; UserError for one that is not a number."""
-        try:
-            return np.array([float(row[column]) for row in self if row[column]])
-        except ValueError as error:
-            raise UserError(f"column {column} must hold numbers: {error}") from error
+        """Its values, without empty cells."""
+        return np.array([float(row[column]) for row in self if row[column]])
 
 
 def as_text(value: Any) -> Any:
@@ -44,15 +45,12 @@ def as_text(value: Any) -> Any:
 
 
 def read_table(path: Path) -> Table:
-    """Raises UserError for a file that cannot be read or has no rows."""
+    """Raises UserError for a file that cannot be read."""
     try:
         with path.open(newline="") as file:
-            table = Table(map(Row, csv.DictReader(file)))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            return Table(map(Row, csv.DictReader(file)))
+    except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    if not table:
-        raise UserError(f"{path} has no rows: measure this table or figure again")
-    return table
 
 
 def write_table(path: Path, rows: Collection[Mapping[str, Any]]) -> None:
