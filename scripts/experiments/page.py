@@ -23,19 +23,14 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="of the CSVs")
     folder = parser.parse_args().folder
-    names = [name for name in in_order() if (folder / f"{name}.csv").exists()]
-    if not names:
+    measured = [name for name in spec.experiment_names() if (folder / f"{name}.csv").exists()]
+    if not measured:
         raise UserError(f"{folder} has no CSV of an experiment: copy them there")
+    # Tables, then figures, then what is not of the paper.
+    names = sorted(measured, key=lambda name: ("table" not in name, "fig" not in name))
     page = "\n\n".join([*heading(names, folder), *(section(name, folder) for name in names)])
     atomic_write(folder / "README.md", lambda file: file.write(f"{page}\n".encode()))
     print(folder / "README.md")
-
-
-def in_order() -> list[str]:
-    """Tables, then figures, then what is not of the paper."""
-    order = ("table", "fig")
-    names = spec.experiment_names()
-    return sorted(names, key=lambda n: next((i for i, p in enumerate(order) if n.startswith(p)), 2))
 
 
 def heading(names: list[str], folder: Path) -> list[str]:

@@ -16,8 +16,7 @@ The quantity, sum of `plus` less sum of `minus`, is formed for each seed that ha
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,9 +25,10 @@ from scripts.experiments.table import Table, as_text
 SEEN, CONTRADICTED, NOT_DECIDED = "seen", "contradicted", "not decided"
 REDUCTIONS = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max, "range": np.ptp}
 
+Claim = Term = Mapping[str, Any]
 
-@dataclass(frozen=True)
-class Verdict:
+
+class Verdict(NamedTuple):
     """One value for each seed, their mean, and what its 95 % interval says."""
 
     values: np.ndarray
@@ -37,9 +37,9 @@ class Verdict:
     word: str
 
 
-def judge(claim: Mapping[str, Any], rows: Table) -> Verdict:
+def judge(claim: Claim, rows: Table) -> Verdict:
     """Raises UserError for a column that the rows lack."""
-    values = np.array(list(per_seed(claim, rows).values()))
+    values = per_seed(claim, rows)
     mean = values.mean() if len(values) else math.nan
     margin = margin_of(values)
     low, high = mean - margin, mean + margin
@@ -63,46 +63,43 @@ def margin_of(values: np.ndarray) -> float:
     return student_t(count - 1) * values.std(ddof=1) / math.sqrt(count)
 
 
-def student_t(freedom: int, level: float = 0.95) -> float:
-    """The t between which and -t lies a share `level` of Student's distribution.
+def student_t(freedom: int) -> float:
+    """The t between which and -t lie 95 % of Student's distribution.
 
     With t = sqrt(freedom) tan(a), the density in a is proportional to cos(a)^(freedom - 1).
     """
     angles = np.linspace(0, np.pi / 2, 100_001)
     density = np.cos(angles) ** (freedom - 1)
     share = np.cumsum(density) - (density + density[0]) / 2  # by trapezoids
-    return math.sqrt(freedom) * math.tan(np.interp(level, share / share[-1], angles))
+    return math.sqrt(freedom) * math.tan(np.interp(0.95, share / share[-1], angles))
 
 
-def per_seed(claim: Mapping[str, Any], rows: Table) -> dict[str, float]:
-    """Seed -> the claim's quantity, of the seeds that have all its terms."""
-    values = {}
-    for seed in rows.distinct("seed"):
-        total = 0.0
-        for sign, side in ((1, "plus"), (-1, "minus")):
-            for term in terms(claim, side):
-                total += sign * term_value(term, claim, rows.where(seed=seed))
-        if not math.isnan(total):
-            values[seed] = total
-    return values
+def per_seed(claim: Claim, rows: Table) -> np.ndarray:
+    """The claim's quantity, of each seed that has all its terms."""
+    terms = signed_terms(claim)
+    values = [
+        sum(sign * term_value(term, claim, seed) for sign, term in terms)
+        for seed in rows.split("seed").values()
+    ]
+    return np.array([value for value in values if not math.isnan(value)])
 
 
-def terms(claim: Mapping[str, Any], side: str) -> list[Mapping[str, Any]]:
-    side_terms = claim.get(side, [])
-    return side_terms if isinstance(side_terms, list) else [side_terms]
+def signed_terms(claim: Claim) -> list[tuple[int, Term]]:
+    """1 and each term of `plus`, -1 and each of `minus`."""
+    signed = []
+    for sign, side in ((1, "plus"), (-1, "minus")):
+        terms = claim.get(side, [])
+        signed += [(sign, term) for term in (terms if isinstance(terms, list) else [terms])]
+    return signed
 
 
-def term_value(term: Mapping[str, Any], claim: Mapping[str, Any], rows: Table) -> float:
+def term_value(term: Term, claim: Claim, rows: Table) -> float:
     """The number of a term; nan if it has no rows."""
     for column, chosen in term.items():
         if column != "column":
             rows = select(rows, column, chosen)
-    numbers = rows.numbers(column_of(term, claim))
+    numbers = rows.numbers(term.get("column") or claim["column"])
     return REDUCTIONS[claim.get("of", "mean")](numbers) if len(numbers) else math.nan
-
-
-def column_of(term: Mapping[str, Any], claim: Mapping[str, Any]) -> str:
-    return term.get("column") or claim["column"]
 
 
 def select(rows: Table, column: str, chosen: Any) -> Table:
@@ -114,21 +111,17 @@ def select(rows: Table, column: str, chosen: Any) -> Table:
     return Table(row for row in rows if row[column] in wanted)
 
 
-def quantity(claim: Mapping[str, Any]) -> str:
+def quantity(claim: Claim) -> str:
     """The claim's quantity in words, such as `top1: A - B`."""
     if "quantity" in claim:
         return claim["quantity"]
-    sides = []
-    for side in ("plus", "minus"):
-        for term in terms(claim, side):
-            choice = [
-                str(value) if column in ("run", "optimizer") else f"{column} {value}"
-                for column, value in term.items()
-                if column != "column"
-            ]
-            if "column" in term:
-                choice.append(term["column"])
-            sides.append((" + " if side == "plus" else " - ") + " / ".join(choice))
+    text = ""
+    for sign, term in signed_terms(claim):
+        words = [
+            str(value) if column in ("run", "optimizer", "column") else f"{column} {value}"
+            for column, value in term.items()
+        ]
+        text += (" + " if sign > 0 else " - ") + " / ".join(words)
     name = " ".join(claim[key] for key in ("of", "column") if key in claim)
-    text = "".join(sides).removeprefix(" + ")
+    text = text.removeprefix(" + ")
     return f"{name}: {text}" if name else text
