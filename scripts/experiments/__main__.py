@@ -19,9 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -62,7 +61,9 @@ def main() -> None:
             runs[name] = resolve(name, arguments.scale, seeds, out, options)
         if not arguments.finished:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
-            problems += train_missing(in_order(runs), arguments.jobs)
+            once = {run.folder: run for of_experiment in runs.values() for run in of_experiment}
+            by_seed = sorted(once.values(), key=lambda run: run.seed)
+            problems = train_missing(by_seed, arguments.jobs)
     for name in arguments.names:
         table, picture = (out / f"{name}.{suffix}" for suffix in ("csv", "png"))
         try:
@@ -88,12 +89,6 @@ def resolve(
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): pass --out") from error
     return runs
-
-
-def in_order(runs: Mapping[str, Sequence[spec.Run]]) -> list[spec.Run]:
-    """All runs once: by seed, then as experiments were named, so that each is soon complete."""
-    once = {run.folder: run for of_experiment in runs.values() for run in of_experiment}
-    return sorted(once.values(), key=lambda run: run.seed)
 
 
 def measure(name: str, scale: str, runs: Sequence[spec.Run], table: Path) -> None:
@@ -136,9 +131,9 @@ class Training:
         self.lock.release()
         with self.errors:
             self.errors.seek(0)
-            *_, last_line = ["nothing on stderr", *self.errors.read().strip().splitlines()]
-        problem = f"run {self.run.name!r}, seed {self.run.seed}, stopped: "
-        return problem + last_line.removeprefix("error: ") if code else ""
+            *_, reason = [f"code {code}", *self.errors.read().strip().splitlines()]
+        reason = reason.removeprefix("error: ")
+        return f"run {self.run.name!r}, seed {self.run.seed}, stopped: {reason}" if code else ""
 
 
 def one_device(job: int) -> dict[str, str]:
@@ -175,7 +170,7 @@ def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
                 training = active.pop(job)
                 if problem := training.close():
                     problems.append(problem)
-                    waiting = without_descendants(waiting, training.run)
+                    waiting = [run for run in waiting if not run.descends_from(training.run)]
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
                 print(progress(runs, jobs), flush=True)
@@ -202,33 +197,21 @@ def start_next(waiting: list[spec.Run], job: int, jobs: int) -> Training | None:
     return None
 
 
-def without_descendants(runs: Sequence[spec.Run], stopped: spec.Run) -> list[spec.Run]:
-    """The runs that need neither the run that stopped nor one that needs it."""
-    lost = {stopped.folder}
-    for run in runs:  # parents come first
-        if any(parent.folder in lost for parent in run.parents):
-            lost.add(run.folder)
-    return [run for run in runs if run.folder not in lost]
-
-
 def progress(runs: Sequence[spec.Run], jobs: int) -> str:
-    """What is done, and the hours that the rest takes at the speed of the epochs recorded."""
-    records = [run.records() for run in runs]
-    done, total = sum(map(len, records)), sum(run.config.epochs for run in runs)
-    known = [epoch_seconds(record[-1]) for record in records if record]
-    finished, seconds = 0, 0.0
-    for run, record in zip(runs, records, strict=True):
-        each = epoch_seconds(record[-1]) if record else sum(known) / max(len(known), 1)
-        left = run.config.epochs - len(record)
-        seconds += each * left
-        finished += left == 0
-    hours = f"{seconds / jobs / 3600:.1f} h left" if known else "time left not known yet"
-    return f"{finished} of {len(runs)} runs, {done:,} of {total:,} epochs, {hours}"
-
-
-def epoch_seconds(record: Mapping[str, Any]) -> float:
-    parts = ("train", "val")
-    return sum(record[f"{part}_images"] / record[f"{part}_images_per_second"] for part in parts)
+    """What is done, and the hours that the rest takes at the mean speed of the epochs recorded."""
+    records = [record for run in runs for record in run.records()]
+    finished = sum(run.is_finished() for run in runs)
+    epochs = sum(run.config.epochs for run in runs)
+    done = f"{finished} of {len(runs)} runs, {len(records):,} of {epochs:,} epochs"
+    if not records:
+        return f"{done}, time left not known yet"
+    seconds = sum(
+        record[f"{part}_images"] / record[f"{part}_images_per_second"]
+        for record in records
+        for part in ("train", "val")
+    )
+    hours = seconds / len(records) * (epochs - len(records)) / jobs / 3600
+    return f"{done}, {hours:.1f} h left"
 
 
 if __name__ == "__main__":

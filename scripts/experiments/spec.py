@@ -18,12 +18,11 @@
 A scale is a YAML file of options that all runs share: the data, the network's size, the length.
 """
 
-import dataclasses
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +38,20 @@ VARIANTS = EXPERIMENTS / "variants.yaml"
 ROOT = EXPERIMENTS.parents[1]
 SCALES = sorted(path.stem for path in (EXPERIMENTS / "scales").glob("*.yaml"))
 _RUN_KEYS = {"step", "like", "after", "length", "seeds", "scales"}
-_KEYS = {"title", "claim", "look", "claims", "measure", "runs", "published", "settings"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One table or figure."""
+    """One table or figure, at one scale: the keys of its file."""
 
     title: str
-    look: str
-    claims: Sequence[Mapping[str, Any]]
+    claim: str = ""
+    look: str = ""
+    claims: Sequence[Mapping[str, Any]] = ()
     measure: str
-    runs: Mapping[str, Mapping[str, Any]]
-    published: Sequence[Mapping[str, Any]]
-    settings: Mapping[str, Any]
+    runs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    published: Sequence[Mapping[str, Any]] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,13 +66,20 @@ class Run:
     folder: Path
     parents: "Sequence[Run]"  # whose best checkpoints it starts from or learns from
 
-    def is_finished(self) -> bool:
-        """Whether its last epoch has been recorded."""
-        return len(self.records()) == self.config.epochs
+    @property
+    def digest(self) -> str:
+        return self.folder.name.rpartition("-")[2]
 
     def records(self) -> list[dict[str, Any]]:
         """One record per epoch so far."""
         return read_records(self.folder) if (self.folder / RECORDS).exists() else []
+
+    def is_finished(self) -> bool:
+        """Whether its last epoch has been recorded."""
+        return len(self.records()) == self.config.epochs
+
+    def descends_from(self, other: "Run") -> bool:
+        return any(p.folder == other.folder or p.descends_from(other) for p in self.parents)
 
 
 def experiment_names() -> list[str]:
@@ -89,28 +95,21 @@ def read_experiment(name: str, scale: str) -> Experiment:
     if name not in experiment_names():
         raise UserError(f"unknown experiment {name!r}: there are {', '.join(experiment_names())}")
     content = yaml.safe_load((EXPERIMENTS / f"{name}.yaml").read_text())
-    if unknown := set(content) - _KEYS:
+    if unknown := content.keys() - {key.name for key in fields(Experiment)}:
         raise UserError(f"experiment {name} has the unknown key {min(unknown)}")
     variants = yaml.safe_load(VARIANTS.read_text())
     runs = content.get("runs", {})
     if isinstance(runs, str):
         runs = yaml.safe_load((EXPERIMENTS / f"{runs}.yaml").read_text())["runs"]
-    resolved = {}
+    content["runs"] = {}
     for run, own in runs.items():
         if scale in own.get("scales", [scale]):
             options: dict[str, Any] = {}
             for variant in own.get("like", []):
                 options |= variants[variant]
-            resolved[run] = _at_scale(options | own, scale)
-    return Experiment(
-        content["title"],
-        content.get("look", ""),
-        content.get("claims", []),
-        content["measure"],
-        resolved,
-        content.get("published", []),
-        _at_scale(content.get("settings", {}), scale),
-    )
+            content["runs"][run] = _at_scale(options | own, scale)
+    content["settings"] = _at_scale(content.get("settings", {}), scale)
+    return Experiment(**content)
 
 
 def _at_scale(options: Mapping[str, Any], scale: str) -> dict[str, Any]:
@@ -137,51 +136,45 @@ def resolve_runs(
     """
     runs: dict[tuple[str, int], Run] = {}
     for place, seed in enumerate(seeds):
-        for name, overrides in experiment.runs.items():
-            if place >= overrides.get("seeds", len(seeds)):
+        for name, own in experiment.runs.items():
+            if place >= own.get("seeds", len(seeds)):
                 continue
-            overrides = dict(overrides)
-            start = runs[overrides["after"], seed] if "after" in overrides else None
+            start = runs[own["after"], seed] if "after" in own else None
             teacher = None
-            if overrides.get("teacher") in experiment.runs:
-                taught_by = overrides["teacher"]
-                teacher = runs.get((taught_by, seed), runs[taught_by, seeds[0]])
-                overrides["teacher"] = str(teacher.folder / BEST)
+            if own.get("teacher") in experiment.runs:
+                teacher = runs.get((own["teacher"], seed), runs[own["teacher"], seeds[0]])
+                own = {**own, "teacher": str(teacher.folder / BEST)}
             arguments = ["--config", str(EXPERIMENTS / "scales" / f"{scale}.yaml")]
-            for option, value in overrides.items():
+            for option, value in own.items():
                 if option not in _RUN_KEYS:
                     text = value if isinstance(value, str) else json.dumps(value)
                     arguments += [f"--{option}", text]
             init_from = str(start.folder / BEST) if start else "none"
             arguments += [*options, "--seed", str(seed), "--init_from", init_from]
-            step = overrides["step"]
-            defaults = ROOT / f"step{step}" / "config.yaml"
+            defaults = ROOT / f"step{own['step']}" / "config.yaml"
             config = parse_config(defaults, arguments)
-            if "length" in overrides:
-                arguments += ["--epochs", str(config.epochs * overrides["length"])]
+            if "length" in own:
+                arguments += ["--epochs", str(config.epochs * own["length"])]
                 config = parse_config(defaults, arguments)
-            digest = _digest(config, step, start, teacher)
+            digest = _digest(config, own["step"], start, teacher)
             slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
             # A run of another experiment may have this digest under another name.
             folder, *_ = *sorted(out.glob(f"*-{digest}")), out / f"{slug}-seed{seed}-{digest}"
             arguments += ["--save", str(folder)]
             parents = [run for run in (start, teacher) if run]
-            runs[name, seed] = Run(name, seed, step, config, arguments, folder, parents)
+            runs[name, seed] = Run(name, seed, own["step"], config, arguments, folder, parents)
     return list(runs.values())
 
 
 def _digest(config: Config, step: int, start: Run | None, teacher: Run | None) -> str:
     # Defaults are left out, so that an option added later changes no digest.
     deciding = {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if (not f.metadata.get("place") or f.name in ("data", "val_dir", "keep_epochs"))
-        and getattr(config, f.name) != f.default
+        option.name: getattr(config, option.name)
+        for option in fields(config)
+        if (not option.metadata.get("place") or option.name in ("data", "val_dir", "keep_epochs"))
+        and getattr(config, option.name) != option.default
     }
-    start_digest, teacher_digest = (
-        run.folder.name.rpartition("-")[2] if run else None for run in (start, teacher)
-    )
     if teacher:  # whose place is not what decides
-        deciding["teacher"] = teacher_digest
-    text = json.dumps([step, start_digest, deciding], sort_keys=True)
+        deciding["teacher"] = teacher.digest
+    text = json.dumps([step, start and start.digest, deciding], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
