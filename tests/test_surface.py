@@ -6,30 +6,22 @@ import pytest
 import torch
 from conftest import narrow
 from torch import nn
-from torch.optim.swa_utils import update_bn
 
 from models import MODELS, build_model
 from scripts.experiments import two_nodes
-from scripts.experiments.surface import filter_normalised_direction, move_to, moves
+from scripts.experiments.surface import filter_normalised_direction, move_to
 from utils import metrics
 from utils.engine import evaluate
 
 
-def tiny(name: str = "reactnet_r18", **options) -> nn.Module:
+def tiny(name: str = "reactnet_r18") -> nn.Module:
     torch.manual_seed(0)
     width = narrow(name, 1 / 16)
-    return build_model(name, num_classes=3, width=width, small_images=True, **options)
+    return build_model(name, num_classes=3, width=width, small_images=True)
 
 
 def direction_of(model: nn.Module, seed: int = 0):
     return filter_normalised_direction(model, torch.Generator().manual_seed(seed))
-
-
-def batches(count: int = 3, size: int = 16):
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(count):
-        labels = torch.randint(3, (4,), generator=generator)
-        yield torch.randn(4, 3, size, size, generator=generator), labels
 
 
 def test_a_direction_of_size_1_flips_a_quarter_of_gaussian_latent_signs():
@@ -56,9 +48,8 @@ def test_each_filter_of_a_direction_is_as_long_as_the_networks_own(name):
 
 def test_only_kernels_and_the_head_move():
     model = tiny()
-    moved = {name for name, parameter in model.named_parameters() if moves(name, parameter)}
     kernels = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    assert moved == kernels | {"fc.weight"} == set(direction_of(model))
+    assert kernels | {"fc.weight"} == direction_of(model).keys()
 
 
 def test_a_move_is_linear_and_the_centre_comes_back():
@@ -76,38 +67,14 @@ def test_a_move_is_linear_and_the_centre_comes_back():
         assert torch.equal(value, centre[name])
 
 
-def test_recalibration_gives_bn_the_average_statistics_of_the_batches():
-    norm = nn.BatchNorm2d(3)
-    norm.running_mean.fill_(7.0)
-    calibration = list(batches())
-    update_bn(calibration, norm.eval())
-    images = [images for images, _ in calibration]
-    means = torch.stack([x.mean((0, 2, 3)) for x in images]).mean(0)
-    variances = torch.stack([x.var((0, 2, 3)) for x in images]).mean(0)
-    torch.testing.assert_close(norm.running_mean, means)
-    torch.testing.assert_close(norm.running_var, variances)
-    assert (norm.momentum, norm.training) == (0.1, False)
-
-
 def test_loss_and_top1_are_means_over_all_images():
-    model = tiny().eval()
-    images, labels = (torch.cat(parts) for parts in zip(*batches(), strict=True))
-    results = evaluate(model.train(), batches()).results()
-    loss, top1 = results["loss"], results["top1"]
+    model = tiny()
+    images, labels = torch.randn(12, 3, 16, 16), torch.randint(3, (12,))
+    results = evaluate(model, zip(images.split(5), labels.split(5), strict=True)).results()
     logits = model.eval()(images)
-    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
-    assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(seed):
-    shared = {"steps": 1000, "noise": 0.75, "batch_size": 32, "seed": seed}
-    sgd = two_nodes.descend("SGD", 1e-3, {"momentum": 0.9}, **shared)
-    adam = two_nodes.descend("Adam", 3e-3, {}, **shared)
-    assert sgd.shape == adam.shape == (1001, 2)
-    assert sgd[0].tolist() == adam[0].tolist() == list(two_nodes.START)
-    assert sgd[-1, 1] > 1 and adam[-1, 1] < -1
-    assert sgd[-1, 0] < -1 and adam[-1, 0] < -1
+    loss, hits = nn.functional.cross_entropy(logits, labels), logits.argmax(1) == labels
+    assert results["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert results["top1"] == pytest.approx(100 * hits.double().mean().item())
 
 
 def test_without_data_the_saturated_node_would_never_move():

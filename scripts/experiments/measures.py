@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 from torch.optim.swa_utils import update_bn
 
 from models.checkpoints import load_network
@@ -27,7 +28,6 @@ from utils.data.transforms import ValTransform
 from utils.engine import evaluate, train_one_epoch
 from utils.optim import build_optimizer, set_learning_rate
 from utils.run.distributed import DistEnv
-from utils.run.errors import UserError
 from utils.run.state import TrainState
 
 ACTIVATION_LIMIT = 3.0
@@ -70,12 +70,9 @@ def results(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
 
 def decay_to_gradient(run: Run, dist: DistEnv) -> float:
     """weight_decay |w| / |gradient| of all latent weights, in the step after the first epoch."""
-    before, _, gradients = next_step(run, dist)
-    weight, gradient = (
-        torch.cat([value.flatten() for value in values.values()]).norm().item()
-        for values in (before, gradients)
-    )
-    return run.config.weight_decay * weight / gradient
+    weights, _, gradients = next_step(run, dist)
+    ratio = get_total_norm(weights.values()) / get_total_norm(gradients.values())
+    return run.config.weight_decay * ratio.item()
 
 
 def epochs(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
@@ -125,8 +122,6 @@ def latents(runs: Runs, *_) -> Rows:
         shown = np.linspace(0, len(records) - 1, LATENT_EPOCHS).round()
         rate_sum = 0.0
         for record in records:
-            if "layers" not in record:
-                raise UserError(f"run {run.name!r} measured no latent weights: it has none")
             iterations = record["train_images"] / run.config.batch_size
             rate_sum += record["learning_rate"] * iterations
             if record["epoch"] not in shown:
@@ -195,23 +190,22 @@ def loss_surface(runs: Runs, settings: Settings, dist: DistEnv, table: Path) -> 
     """
     axis = np.linspace(-1, 1, settings["points"]).round(6).tolist()
     earlier = read_table(table) if table.exists() else []
-    known = {grid_point(row): row for row in earlier if "distance" in row}
+    known = {grid_point(row): row for row in earlier}
     for run, batch_norm in itertools.product(runs, settings["batch_norm"]):
         constant = identity(run) | {"folder": run.folder.name, "images": settings["images"]}
         constant |= {"batch_norm": batch_norm}
         grid = [constant | {"alpha": alpha, "beta": beta} for alpha in axis for beta in axis]
         missing = [row for row in grid if grid_point(row) not in known]
         print(f"{run.name}, BN {batch_norm}: {len(missing)} of {len(grid)} points", flush=True)
-        for row in with_losses(run, missing, batch_norm, dist) if missing else ():
-            row["distance"] = round(math.hypot(row["alpha"], row["beta"]), 2)
+        for row in with_losses(run, missing, dist) if missing else ():
             known[grid_point(row)] = row
             if row["beta"] == axis[-1]:
                 write_table(table, known.values())
-        rows = [known[grid_point(row)] for row in grid]
-        centre = min(rows, key=lambda row: float(row["distance"]))
-        for row in rows:
-            row["rise"] = float(as_text(row["loss"])) - float(as_text(centre["loss"]))
-        yield from rows
+        centre = known[grid_point(grid[len(grid) // 2])]
+        for point in grid:
+            row = known[grid_point(point)]
+            distance = round(math.hypot(point["alpha"], point["beta"]), 2)
+            yield row | {"distance": distance, "rise": float(row["loss"]) - float(centre["loss"])}
 
 
 def grid_point(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -219,22 +213,20 @@ def grid_point(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(as_text(row.get(name))) for name in names)
 
 
-def with_losses(run: Run, points: Sequence[Row], batch_norm: str, dist: DistEnv) -> Rows:
+def with_losses(run: Run, points: Sequence[Row], dist: DistEnv) -> Rows:
     model = load_network(run.folder / NEWEST).model.to(dist.device)
     centre = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(run.seed)
     directions = tuple(surface.filter_normalised_direction(model, generator) for _ in range(2))
-    images = open_val_images(run.config, dist)
-    batches = evenly_spaced(images, points[0]["images"], run, dist)
-    if batch_norm == "recalibrated":
-        train_images = open_train_images(run.config, dist)
-        calibration = evenly_spaced(train_images, RECALIBRATION_IMAGES, run, dist)
+    batches = evenly_spaced(open_val_images(run.config, dist), points[0]["images"], run, dist)
+    train_images = open_train_images(run.config, dist)
+    calibration = evenly_spaced(train_images, RECALIBRATION_IMAGES, run, dist)
     for point in points:
         surface.move_to(model, centre, directions, point["alpha"], point["beta"])
-        if batch_norm == "recalibrated":
+        if point["batch_norm"] == "recalibrated":
             update_bn(calibration, model)
-        meter = evaluate(model, batches)
-        yield point | {name: meter.results()[name] for name in ("loss", "top1")}
+        results = evaluate(model, batches).results()
+        yield point | {name: as_text(results[name]) for name in ("loss", "top1")}
 
 
 def evenly_spaced(

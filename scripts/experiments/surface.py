@@ -13,23 +13,19 @@ from torch.linalg import vector_norm
 Direction = Mapping[str, Tensor]
 
 
-def moves(name: str, parameter: nn.Parameter) -> bool:
-    """Kernels and the matrix of `fc`; biases, BN and the shifts, 4-D though they are, stay."""
-    return parameter.ndim > 1 and not name.endswith("bias")
-
-
 @torch.no_grad()
 def filter_normalised_direction(model: nn.Module, generator: torch.Generator) -> Direction:
     """Parameter name -> random d of its shape, each filter as long as the network's own.
 
-    d[o] <- d[o] / |d[o]| * |w[o]| with d Gaussian, for each output filter (row of `fc`) o.
+    d[o] <- d[o] / |d[o]| * |w[o]| with d Gaussian, for each output filter (row of `fc`) o.  Biases,
+    BN and the shifts, 4-D though they are, have none.
 
     Args:
         generator: on the CPU, so that a seed means the same direction on every device.
     """
     direction = {}
     for name, parameter in model.named_parameters():
-        if moves(name, parameter):
+        if parameter.ndim > 1 and not name.endswith("bias"):
             random = torch.randn(parameter.shape, generator=generator).to(parameter)
             axes = tuple(range(1, parameter.ndim))
             own, drawn = (vector_norm(w, dim=axes, keepdim=True) for w in (parameter, random))
