@@ -4,8 +4,7 @@ import json
 
 import pytest
 
-from scripts.benchmarks.speed import as_markdown
-from scripts.benchmarks.timing import rates
+from scripts.benchmarks.speed import as_markdown, rates
 
 
 def row(what: str = "step") -> dict:

@@ -111,11 +111,11 @@ def kind(name: str, microseconds: float, graph: str) -> str:
 def page(folder: Path) -> str:
     """Markdown: counted and calculated numbers, then all that was measured into `folder`."""
     calculated = json.loads((PAGE / "calculated.json").read_text())
-    parts = ["\n## Counted, and calculated from it", counted(calculated), "## Measured"]
+    parts = []
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("speed-*/results.json"))]
     if runs:
-        rows = sorted((row for run in runs for row in run["rows"]), key=lambda row: row["batch"])
-        rows.sort(key=lambda row: row["what"], reverse=True)
+        rows = [row for run in runs for row in run["rows"]]
+        rows.sort(key=lambda row: (row["what"] != "step", row["batch"]))
         parts.append(speed.as_markdown(runs[0] | {"rows": rows, "loading": []}).strip())
     if (path := folder / "profile" / "profile.json").exists():
         parts.append(predicted_and_measured(calculated, json.loads(path.read_text())))
@@ -123,8 +123,10 @@ def page(folder: Path) -> str:
         parts.append(path.read_text().strip())
     if trained := sorted(folder.glob(f"training-*/{RECORDS}")):
         parts.append(table(map(training_line, trained)))
+    measured = "\n\n".join(parts or ["Nothing has been measured yet."])
     return (
-        "\n\n".join(parts if len(parts) > 3 else [*parts, "Nothing has been measured yet."]) + "\n"
+        f"\n## Counted, and calculated from it\n\n{counted(calculated)}\n\n"
+        f"## Measured\n\n{measured}\n"
     )
 
 
@@ -156,12 +158,11 @@ def predicted_and_measured(calculated: dict, measured: dict) -> str:
         for name in dict.fromkeys([*(name for name in after if name != "all"), *kinds])
     ]
     total = sum(milliseconds for _, milliseconds in kinds.values())
-    heading = (
+    return (
         f"A step, {measured['case']}, batch {measured['batch']}, {measured['date']},"
         f" {measured['machine']}, torch {measured['torch']}: {measured['step, ms']:.1f} ms by the"
-        f" clock, {total:.1f} ms in kernels, with teacher and optimizer."
+        f" clock, {total:.1f} ms in kernels, with teacher and optimizer.\n\n{table(rows)}"
     )
-    return f"{heading}\n\n{table(rows)}"
 
 
 def training_line(records: Path) -> dict[str, str]:

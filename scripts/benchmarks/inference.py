@@ -1,7 +1,7 @@
 """How fast a binary network predicts: on engines with and without bits, and beside other networks.
 
     mkdir -p docs/results/inference
-    python -m scripts.benchmarks.inference --output docs/results/inference [--file FILE]
+    python -m scripts.benchmarks.inference --output docs/results/inference
     python -m scripts.benchmarks.inference --output docs/results/inference --redraw
 
 Every contender runs in a process of its own.  In each round each one is measured once, in turn, so
@@ -9,7 +9,7 @@ that what else slows the machine slows them all; numbers are medians over rounds
 and the highest.  Writes `results.json` and from it `table.md` and `latency.png`; --redraw makes
 these two again.  Needs requirements-export.txt and requirements-openvino.txt.
 
-Weights do not change the time: except for those of --file, they are random.
+Weights do not change the time: they are random.
 """
 
 import argparse
@@ -34,14 +34,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from models import MODELS, build_model
-from models.checkpoints import load_network
 from models.export.fold import to_plain_convs
 from models.export.onnx import write_onnx
 from models.export.openvino import load_engine, write_openvino
 from models.export.openvino_selftest import PRECISION
 from models.reference import to_reference
 from scripts.benchmarks.page import add_output_options, table, write_page
-from scripts.benchmarks.timing import fresh_process, interleaved, processor
+from scripts.benchmarks.timing import call_in, fresh_process, interleaved, processor
 from utils.run.command_line import Parser, command, positive
 
 PUBLISHED = {  # top-1 on ImageNet
@@ -64,7 +63,6 @@ SHORTEST_SECONDS = 0.3  # of a measurement: as many calls as fill it, at least o
 def main() -> None:
     parser = Parser(__doc__)
     add_output_options(parser)
-    parser.add_argument("--file", type=Path, help="checkpoint to measure, instead of --model")
     parser.add_argument("--model", choices=MODELS, default="reactnet_a")
     parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--image_size", type=positive, default=224)
@@ -78,23 +76,17 @@ def measure(arguments: argparse.Namespace) -> dict:
     engine = load_engine()
     options = {"width": arguments.width, "latent_init": "symmetric"}
     models = {name: build_model(name, **options).eval() for name in MODELS}
-    name = arguments.model
-    if arguments.file:
-        loaded = load_network(arguments.file, defaults={"binary_weights": True})
-        name, models[loaded.name] = loaded.name, loaded.model
-    models["network"] = models.pop(name)
+    models["network"] = models.pop(arguments.model)
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         write_networks(models, Path(folder), arguments.image_size)
-        rows = [
-            row
-            for threads in arguments.threads
-            for row in measure_contenders(name, Path(folder), threads, arguments)
-        ]
+        for threads in arguments.threads:
+            rows += measure_contenders(Path(folder), threads, arguments)
     return {
         "date": date.today().isoformat(),
         "machine": processor(),
         "versions": {"openvino": engine.__version__, "torch": torch.__version__},
-        "network": name,
+        "network": arguments.model,
         "image_size": arguments.image_size,
         "rounds": arguments.rounds,
         "rows": rows,
@@ -128,21 +120,17 @@ def write_int8(source: Path, target: Path, image_size: int) -> None:
     quantize_static(source, target, reader, per_channel=True, **types)
 
 
-def measure_contenders(
-    name: str, folder: Path, threads: int, arguments: argparse.Namespace
-) -> Iterator[dict]:
-    """One row for each batch and contender; the engines' network is `name`."""
-    contenders = [contender for contender in CONTENDERS if contender.network != name]
+def measure_contenders(folder: Path, threads: int, arguments: argparse.Namespace) -> Iterator[dict]:
+    """One row for each batch and contender."""
+    contenders = [one for one in CONTENDERS if one.network != arguments.model]
     with ExitStack() as stack:
-        processes = {c: stack.enter_context(fresh_process(c.environment)) for c in contenders}
-
-        def measure(contender: Contender, batch: int) -> tuple[float, dict[str, int]]:
-            file = folder / contender.file
-            network = contender.engine, file, threads, batch, arguments.image_size
-            return processes[contender].submit(median_seconds, *network).result()
-
+        processes = [stack.enter_context(fresh_process(one.environment)) for one in contenders]
         for batch in arguments.batches:
-            sides = {contender: partial(measure, contender, batch) for contender in contenders}
+            sides = {}
+            for contender, process in zip(contenders, processes, strict=True):
+                file = folder / contender.file
+                network = contender.engine, file, threads, batch, arguments.image_size
+                sides[contender] = partial(call_in, process, median_seconds, *network)
             for contender, measurements in interleaved(sides, arguments.rounds, call).items():
                 milliseconds = [1000 * seconds for seconds, _ in measurements]
                 _, kernels = measurements[0]
@@ -154,7 +142,7 @@ def measure_contenders(
                     "low": min(milliseconds),
                     "high": max(milliseconds),
                     "kernels": kernels,
-                    "network": contender.network or name,
+                    "network": contender.network or arguments.model,
                 }
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 from torchvision.datasets.folder import pil_loader
 
-from scripts.benchmarks import timing
+from scripts.benchmarks.timing import interleaved
 from scripts.benchmarks.training import step2_config
 from utils.data.dataset import open_train_images
 from utils.data.loader import train_loader
@@ -29,8 +29,8 @@ def compare(
     rounds: int,
     choices: Sequence[tuple[str, str]],
     workers: Sequence[int],
-) -> dict:
-    """Time loading so many images in batches of 8, as `timing.describe` takes it.
+) -> dict[str, list[float]]:
+    """Seconds of loading so many images in batches of 8, side -> rounds.
 
     Args:
         choices: decoder and resizing of each side.
@@ -51,9 +51,7 @@ def compare(
                 sides[f"{name}, workers {number}"] = partial(exhaust, batches)
             if not workers:
                 sides[name] = partial(load, paths, dataset.images.loader, dataset.transform)
-        size = sum(path.stat().st_size for path in paths) / images / 1e3
-        notes = {"mean file, KB": dict.fromkeys(sides, size)}
-        return {"seconds": timing.interleaved(sides, rounds), "notes": notes}
+        return interleaved(sides, rounds)
 
 
 def load(paths: Sequence[Path], read: Callable, transform: Callable) -> None:

@@ -18,7 +18,7 @@ last step.  Loading leaves nvimagecodec out where requirements-decoder.txt is no
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import product
 from statistics import median
@@ -29,9 +29,8 @@ from matplotlib.figure import Figure
 from models import MODELS
 from scripts.benchmarks import loading, timing, training
 from scripts.benchmarks.page import add_output_options, table, write_page
-from scripts.benchmarks.timing import DEVICE, describe, in_fresh_process, rate_with_range
 from scripts.benchmarks.training import PEAK, SAVED, TEACHER
-from utils.data.decode import DECODERS, nvimagecodec
+from utils.data.decode import nvimagecodec
 from utils.data.transforms import RESIZE
 from utils.run.command_line import Parser, command, positive
 from utils.run.errors import UserError
@@ -49,7 +48,7 @@ CASES = {
     "bfloat16": {"precision": "bfloat16", "channels_last": True},
     "bfloat16, compiled": {"precision": "bfloat16", **COMPILED},
 }
-if DEVICE.type == "cpu":
+if timing.DEVICE.type == "cpu":
     CASES = {name: case for name, case in CASES.items() if case["precision"] != "tf32"}
 
 
@@ -57,18 +56,15 @@ if DEVICE.type == "cpu":
 def main() -> None:
     parser = Parser(__doc__)
     add_output_options(parser)
-    batches = [64, 128, 256] if DEVICE.type == "cuda" else [8, 16]
+    batches = [64, 128, 256] if timing.DEVICE.type == "cuda" else [8, 16]
     parser.add_argument("--only", choices=[*PASSES, *LOADING], nargs="+", default=PAGE)
     parser.add_argument("--cases", choices=CASES, nargs="+", default=list(CASES))
-    parser.add_argument("--against", choices=training.SIDES, default="reference")
     parser.add_argument("--model", choices=MODELS, default="reactnet_a")
     parser.add_argument("--image_size", type=positive, default=224)
     parser.add_argument("--batches", type=positive, nargs="+", default=batches)
     parser.add_argument("--teacher", action="store_true", help=f"steps with a {TEACHER}")
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument(
-        "--images", type=positive, default=64, help="that `loader` loads in a round"
-    )
+    parser.add_argument("--images", type=positive, default=64, help="that a round of loader loads")
     write_page(parser.parse_args(), "speed.png", measure, as_markdown, draw)
 
 
@@ -90,41 +86,38 @@ def measure_passes(arguments: argparse.Namespace) -> Iterator[dict]:
     """A row for each kind of pass, batch and case."""
     passes = [what for what in PASSES if what in arguments.only]
     for what, batch, case in product(passes, arguments.batches, arguments.cases):
-        print(f"\n{what}, {case}, batch {batch}", flush=True)
         teacher = TEACHER if arguments.teacher and what == "step" else None
         options = {"model": arguments.model, "teacher": teacher, **CASES[case]}
         config = training.step2_config(arguments.image_size, batch_size=batch, **options)
-        profile = arguments.output and what == "step" and arguments.output / "profile.txt"
-        comparison = in_fresh_process(
-            training.compare, what, config, arguments.rounds, arguments.against, profile
-        )
-        print(describe(comparison, batch), flush=True)
-        yield {"what": what, "case": case, "batch": batch} | comparison
+        profile = arguments.output and arguments.output / "profile.txt"
+        with timing.fresh_process({}) as process:  # which shares no compiled code and no allocator
+            comparison = timing.call_in(
+                process, training.compare, what, config, arguments.rounds, profile
+            )
+        row = {"what": what, "case": case, "batch": batch} | comparison
+        print(table([pass_line(row)]), flush=True)
+        yield row
 
 
 def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
     """The transforms of one process, and whole loaders with as many workers as there are cores."""
-    decoders = [name for name in DECODERS if can_decode(name)]
+    decoders = ["pil", "nvimagecodec"]
+    try:
+        nvimagecodec()
+    except UserError as error:
+        print(f"left out: {error}")
+        decoders.remove("nvimagecodec")
     choices = list(product(decoders, RESIZE))
     workers = [0, *(2**n for n in range(8) if 2**n <= os.cpu_count())]
     cases = {"loader": (arguments.images, ()), "workers": (4 * arguments.images, workers)}
     for what in (what for what in LOADING if what in arguments.only):
-        print(f"\n{what}", flush=True)
         images, numbers = cases[what]
-        comparison = in_fresh_process(
-            loading.compare, images, arguments.image_size, arguments.rounds, choices, numbers
-        )
-        print(describe(comparison, images), flush=True)
-        yield {"what": what, "images": images} | comparison
-
-
-def can_decode(decoder: str) -> bool:
-    """Whether its package is there; one line says that it is not."""
-    try:
-        return decoder == "pil" or bool(nvimagecodec())
-    except UserError as error:
-        print(f"left out: {error}")
-        return False
+        options = images, arguments.image_size, arguments.rounds, choices, numbers
+        with timing.fresh_process({}) as process:
+            seconds = timing.call_in(process, loading.compare, *options)
+        row = {"what": what, "images": images, "seconds": seconds}
+        print(loading_table(row), flush=True)
+        yield row
 
 
 def as_markdown(results: dict) -> str:
@@ -135,10 +128,8 @@ def as_markdown(results: dict) -> str:
         f" {results['date']}, {results['machine']}, torch {results['torch']}; medians of"
         f" {results['rounds']} interleaved rounds (lowest to highest)."
     )
-    tables = [describe(row, row["images"], row["what"]) for row in results["loading"]]
-    if results["rows"]:
-        tables.insert(0, table(map(pass_line, results["rows"])))
-    return "\n\n".join([heading, *tables]) + "\n"
+    passes = [table(map(pass_line, results["rows"]))] if results["rows"] else []
+    return "\n\n".join([heading, *passes, *map(loading_table, results["loading"])]) + "\n"
 
 
 def pass_line(row: dict) -> dict[str, str]:
@@ -156,6 +147,29 @@ def pass_line(row: dict) -> dict[str, str]:
     return line
 
 
+def loading_table(row: dict) -> str:
+    first = median(next(iter(row["seconds"].values())))
+    return table(
+        {
+            row["what"]: side,
+            "median, s": f"{median(seconds):.3f}",
+            "images/s (range)": rate_with_range(seconds, row["images"]),
+            "times": f"{first / median(seconds):.3f}",
+        }
+        for side, seconds in row["seconds"].items()
+    )
+
+
+def rates(seconds: Sequence[float], images: int) -> tuple[float, float, float]:
+    """Images a second: lowest, median, highest."""
+    return images / max(seconds), images / median(seconds), images / min(seconds)
+
+
+def rate_with_range(seconds: Sequence[float], images: int) -> str:
+    low, middle, high = rates(seconds, images)
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
 def draw(results: dict) -> Figure:
     """Images a second of both sides, one panel for each kind of pass."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
@@ -163,12 +177,10 @@ def draw(results: dict) -> Figure:
     panels = figure.subplots(1, max(len(passes), 1), squeeze=False)[0]
     for axes, what in zip(panels, passes, strict=False):
         rows = [row for row in reversed(results["rows"]) if row["what"] == what]
-        styles = ((0.2, "tab:gray"), (-0.2, "tab:blue"))
         for place, row in enumerate(rows):
-            for (side, seconds), (shift, colour) in zip(
-                row["seconds"].items(), styles, strict=True
-            ):
-                low, middle, high = timing.rates(seconds, row["batch"])
+            sides = zip(row["seconds"].items(), (0.2, -0.2), ("tab:gray", "tab:blue"), strict=True)
+            for (side, seconds), shift, colour in sides:
+                low, middle, high = rates(seconds, row["batch"])
                 label = side if place == 0 else None
                 spread = [[middle - low], [high - middle]]
                 axes.barh(place + shift, middle, 0.36, xerr=spread, color=colour, label=label)

@@ -1,18 +1,15 @@
-"""Interleaved rounds and what is reported of them, fresh processes, and the machine's name."""
+"""Interleaved rounds, fresh processes, and the machine's name."""
 
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import TypeVar
 
 import torch
-
-from scripts.benchmarks.page import table
 
 Side, Result = TypeVar("Side"), TypeVar("Result")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,35 +44,6 @@ def interleaved(
     return {side: measured[WARM_UP_ROUNDS:] for side, measured in values.items()}
 
 
-def describe(comparison: dict, images: int, title: str = "") -> str:
-    """A table of `comparison`: `seconds`, side -> rounds, and `notes`, measure -> side -> value.
-
-    Args:
-        images: that each side computes in a round.
-    """
-    first = median(next(iter(comparison["seconds"].values())))
-    return table(
-        {
-            title: side,
-            "median, s": f"{median(seconds):.3f}",
-            "images/s (range)": rate_with_range(seconds, images),
-            "times": f"{first / median(seconds):.3f}",
-            **{note: f"{values[side]:.3f}" for note, values in comparison.get("notes", {}).items()},
-        }
-        for side, seconds in comparison["seconds"].items()
-    )
-
-
-def rates(seconds: Sequence[float], images: int) -> tuple[float, float, float]:
-    """Images a second: lowest, median, highest."""
-    return images / max(seconds), images / median(seconds), images / min(seconds)
-
-
-def rate_with_range(seconds: Sequence[float], images: int) -> str:
-    low, middle, high = rates(seconds, images)
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
-
-
 def fresh_process(environment: Mapping[str, str]) -> ProcessPoolExecutor:
     """One new process, with further environment variables before its first call."""
     return ProcessPoolExecutor(1, get_context("spawn"), update_environment, (environment,))
@@ -85,10 +53,8 @@ def update_environment(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
-def in_fresh_process(function: Callable[..., Result], *arguments, **options) -> Result:
-    """The result of a call that shares no compiled code and no allocator with others."""
-    with fresh_process({}) as process:
-        return process.submit(function, *arguments, **options).result()
+def call_in(process: ProcessPoolExecutor, function: Callable[..., Result], *arguments) -> Result:
+    return process.submit(function, *arguments).result()
 
 
 def processor() -> str:

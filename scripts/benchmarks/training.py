@@ -23,7 +23,6 @@ STEP2 = Path(__file__).parents[2] / "step2" / "config.yaml"
 TEACHER = "resnet34"
 SAVED = "saved for backward, MiB/image"
 PEAK = "peak memory, MiB"
-SIDES = ("reference", "eager")
 
 
 def step2_config(image_size: int, **changes) -> Config:
@@ -32,34 +31,33 @@ def step2_config(image_size: int, **changes) -> Config:
     return replace(parse_config(STEP2, []), **changes)
 
 
-def compare(
-    what: str, config: Config, rounds: int, against: str, profile: Path | None = None
-) -> dict:
-    """Time a "step", an "evaluation", or a step without and with live "measures".
+def compare(what: str, config: Config, rounds: int, profile: Path | None) -> dict:
+    """Time a "step" or an "evaluation" of both sides, or our step without and with "measures".
 
     Args:
         config: of our side; its products of float32 use TF32 unless its precision is float32, and
-            so do the other side's.
-        against: the other side, float32, eager and NCHW: the "reference" network, or ours "eager".
-        profile: file for the operations that our side spends most time in.
+            so do the reference's.
+        profile: file for the operations that our step spends most time in.
+
+    Returns:
+        `seconds`, side -> rounds, and `notes`, measure -> side -> value.
     """
     set_precision(config.precision)
-    ours = Side(config)
+    ours, notes = Side(config), {}
     if what == "measures":
         measures = [BinaryMetrics(ours.model, ours.images[:1])]
         runs = {"without": ours.step, "with": partial(ours.step, measures)}
-        return {"seconds": interleaved(runs, rounds), "notes": {}}
-    plain = replace(config, precision="float32", compile=False, channels_last=False)
-    sides = {against: Side(plain, is_reference=against == "reference"), "ours": ours}
-    run = Side.step if what == "step" else Side.evaluate
-    runs = {name: partial(run, side) for name, side in sides.items()}
-    notes = {}
+        return {"seconds": interleaved(runs, rounds), "notes": notes}
+    reference = Side(config, is_reference=True)
+    runs = {"reference": reference.evaluate, "ours": ours.evaluate}
     if what == "step":
+        runs = {"reference": reference.step, "ours": ours.step}
+        sides = {"reference": reference, "ours": ours}
         notes[SAVED] = {name: side.saved_for_backward() for name, side in sides.items()}
         if DEVICE.type == "cuda":
             notes[PEAK] = {name: peak_memory(run) for name, run in runs.items()}
-    if profile:
-        profile.write_text(costliest_operations(runs["ours"]))
+        if profile:
+            profile.write_text(costliest_operations(ours.step))
     return {"seconds": interleaved(runs, rounds), "notes": notes}
 
 
@@ -67,7 +65,7 @@ class Side:
     """A network, its teacher, its optimizer and a random batch.
 
     Args:
-        is_reference: composed from elementary operations, with Adam unfused.
+        is_reference: composed from elementary operations, float32, eager, NCHW, Adam unfused.
     """
 
     def __init__(self, config: Config, is_reference: bool = False):
@@ -75,6 +73,7 @@ class Side:
         model = build_model(config.model, **config.network_options())
         if is_reference:
             model = to_reference(model)
+            config = replace(config, precision="float32", compile=False, channels_last=False)
             config = replace(config, optimizer_options={"fused": False})
         self.config = config
         self.optimizer = build_optimizer(place(model, config, DEVICE), config)
