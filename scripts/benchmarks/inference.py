@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torchvision
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import MODELS, build_model
 from models.export.fold import to_plain_convs
@@ -54,6 +54,8 @@ PUBLISHED = {  # top-1 on ImageNet
     "resnet18": 69.494,  # this and the next: torchvision's, of its int8 weights
     "mobilenet_v2": 71.658,
 }
+NETWORK = "reactnet_a"  # which all engines compute
+OTHERS = [name for name in MODELS if name != NETWORK]
 INT8 = ("resnet18", "mobilenet_v2")
 COMPUTING = ("Convolution", "BinaryConvolution", "FullyConnected", "MatMul")
 SHORTEST_SECONDS = 0.3  # of a measurement: as many calls as fill it, at least one
@@ -63,8 +65,6 @@ SHORTEST_SECONDS = 0.3  # of a measurement: as many calls as fill it, at least o
 def main() -> None:
     parser = Parser(__doc__)
     add_output_options(parser)
-    parser.add_argument("--model", choices=MODELS, default="reactnet_a")
-    parser.add_argument("--width", type=float, default=1.0)
     parser.add_argument("--image_size", type=positive, default=224)
     parser.add_argument("--batches", type=positive, nargs="+", default=[1, 16])
     parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2])
@@ -74,34 +74,33 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict:
     engine = load_engine()
-    options = {"width": arguments.width, "latent_init": "symmetric"}
-    models = {name: build_model(name, **options).eval() for name in MODELS}
-    models["network"] = models.pop(arguments.model)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        write_networks(models, Path(folder), arguments.image_size)
+        write_networks(Path(folder), arguments.image_size)
         for threads in arguments.threads:
             rows += measure_contenders(Path(folder), threads, arguments)
     return {
         "date": date.today().isoformat(),
         "machine": processor(),
         "versions": {"openvino": engine.__version__, "torch": torch.__version__},
-        "network": arguments.model,
+        "network": NETWORK,
         "image_size": arguments.image_size,
         "rounds": arguments.rounds,
         "rows": rows,
     }
 
 
-def write_networks(models: dict[str, nn.Module], folder: Path, image_size: int) -> None:
-    """The files of the contenders, each for any batch; the engines' is the model "network"."""
-    options, model = (image_size, None, image_size), models["network"]
-    torch.save(to_reference(model), folder / "reference.pth")
-    torch.save(model, folder / "trained.pth")
-    torch.save(to_plain_convs(model), folder / "plain.pth")
-    write_onnx(model, folder / "network.onnx", *options)
-    for name, model in models.items():
+def write_networks(folder: Path, image_size: int) -> None:
+    """The files of the contenders, each for any batch."""
+    options = image_size, None, image_size
+    for name in MODELS:
+        model = build_model(name, latent_init="symmetric").eval()
         write_openvino(model, folder / f"{name}.xml", *options)
+        if name == NETWORK:
+            torch.save(to_reference(model), folder / "reference.pth")
+            torch.save(model, folder / "trained.pth")
+            torch.save(to_plain_convs(model), folder / "plain.pth")
+            write_onnx(model, folder / f"{name}.onnx", *options)
     for name in INT8:
         real = folder / f"{name}.onnx"
         write_onnx(torchvision.models.get_model(name).eval(), real, *options)
@@ -122,12 +121,11 @@ def write_int8(source: Path, target: Path, image_size: int) -> None:
 
 def measure_contenders(folder: Path, threads: int, arguments: argparse.Namespace) -> Iterator[dict]:
     """One row for each batch and contender."""
-    contenders = [one for one in CONTENDERS if one.network != arguments.model]
     with ExitStack() as stack:
-        processes = [stack.enter_context(fresh_process(one.environment)) for one in contenders]
+        processes = [stack.enter_context(fresh_process(one.environment)) for one in CONTENDERS]
         for batch in arguments.batches:
             sides = {}
-            for contender, process in zip(contenders, processes, strict=True):
+            for contender, process in zip(CONTENDERS, processes, strict=True):
                 file = folder / contender.file
                 network = contender.engine, file, threads, batch, arguments.image_size
                 sides[contender] = partial(call_in, process, median_seconds, *network)
@@ -142,7 +140,7 @@ def measure_contenders(folder: Path, threads: int, arguments: argparse.Namespace
                     "low": min(milliseconds),
                     "high": max(milliseconds),
                     "kernels": kernels,
-                    "network": contender.network or arguments.model,
+                    "network": contender.network,
                 }
 
 
@@ -193,7 +191,7 @@ class Contender:
     engine: Callable[[Path, int, Tensor], Loaded]
     file: str
     environment: dict[str, str] = field(default_factory=dict)
-    network: str | None = None  # in the file; None is the one that all engines compute
+    network: str = NETWORK  # in the file
 
 
 BASELINE = "onnxruntime, float32"  # what the table's ratios compare with
@@ -203,12 +201,12 @@ CONTENDERS = (
     Contender("PyTorch, reference", pytorch, "reference.pth"),
     Contender("PyTorch, as trained here", pytorch, "trained.pth"),
     Contender("PyTorch, weights binarized once", pytorch, "plain.pth"),
-    Contender(BASELINE, onnxruntime, "network.onnx"),
-    Contender("OpenVINO, float32", openvino, "network.onnx"),
-    Contender("OpenVINO, 1 bit", openvino, "network.xml"),
-    Contender("OpenVINO, 1 bit, no VPOPCNTDQ", openvino, "network.xml", AVX512_BW),
-    Contender("OpenVINO, 1 bit, held to AVX2", openvino, "network.xml", AVX2),
-    *(Contender(f"OpenVINO, 1 bit {n}", openvino, f"{n}.xml", network=n) for n in MODELS),
+    Contender(BASELINE, onnxruntime, f"{NETWORK}.onnx"),
+    Contender("OpenVINO, float32", openvino, f"{NETWORK}.onnx"),
+    Contender("OpenVINO, 1 bit", openvino, f"{NETWORK}.xml"),
+    Contender("OpenVINO, 1 bit, no VPOPCNTDQ", openvino, f"{NETWORK}.xml", AVX512_BW),
+    Contender("OpenVINO, 1 bit, held to AVX2", openvino, f"{NETWORK}.xml", AVX2),
+    *(Contender(f"OpenVINO, 1 bit {n}", openvino, f"{n}.xml", network=n) for n in OTHERS),
     *(Contender(f"OpenVINO, int8 {n}", openvino, f"{n}.int8.onnx", network=n) for n in INT8),
 )
 

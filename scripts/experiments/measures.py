@@ -128,17 +128,15 @@ def latents(runs: Runs, *_) -> Rows:
                 continue
             constant = {"epoch": record["epoch"], "rate_sum": rate_sum, "top1": record["val_top1"]}
             histograms = [layer["latent_histogram"] for layer in record["layers"].values()]
-            counts = [sum(column) for column in zip(*histograms, strict=True)]
+            counts = np.sum(histograms, axis=0).tolist()
             for row in histogram_rows(counts, metrics.HISTOGRAM_LIMIT):
                 yield identity(run) | constant | row
 
 
 def histogram_rows(counts: Sequence[int], limit: float) -> Rows:
-    width = 2 * limit / len(counts)
-    total = sum(counts)
-    for index, count in enumerate(counts):
-        left = -limit + index * width
-        yield {"left": round(left, 6), "right": round(left + width, 6), "share": count / total}
+    ends = np.linspace(-limit, limit, len(counts) + 1).round(6).tolist()
+    for left, right, count in zip(ends, ends[1:], counts, strict=False):
+        yield {"left": left, "right": right, "share": count / sum(counts)}
 
 
 def activations(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
