@@ -154,30 +154,29 @@ def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
     """
     waiting = [run for run in runs if not run.is_finished()]
     print(f"{len(waiting)} of {len(runs)} runs to train", flush=True)
-    active: dict[int, Training] = {}
+    active: list[Training | None] = [None] * jobs
     problems: list[str] = []
     told, reported = None, time.monotonic()
     try:
-        while waiting or active:
-            for job in range(jobs):
-                if job not in active and (training := start_next(waiting, job, jobs)):
-                    active[job] = training
-            if waiting and not active and told != waiting[0]:
+        while waiting or any(active):
+            for job, training in enumerate(active):
+                if training and training.has_ended():
+                    active[job] = None
+                    if problem := training.close():
+                        problems.append(problem)
+                        waiting = [run for run in waiting if not run.descends_from(training.run)]
+                active[job] = active[job] or start_next(waiting, job, jobs)
+            if waiting and not any(active) and told != waiting[0]:
                 told = waiting[0]
                 print(f"waiting for another command to train {told.folder}", flush=True)
             time.sleep(POLL_SECONDS)
-            for job in [job for job, training in active.items() if training.has_ended()]:
-                training = active.pop(job)
-                if problem := training.close():
-                    problems.append(problem)
-                    waiting = [run for run in waiting if not run.descends_from(training.run)]
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()
                 print(progress(runs, jobs), flush=True)
     finally:
-        for training in active.values():
+        for training in filter(None, active):
             training.process.terminate()
-        for training in active.values():
+        for training in filter(None, active):
             training.close()
     return problems
 
@@ -186,14 +185,13 @@ def start_next(waiting: list[spec.Run], job: int, jobs: int) -> Training | None:
     """Take the first run out of `waiting` that can be trained now, and start it."""
     for run in list(waiting):
         lock = FileLock(run.folder / LOCK, blocking=False)
-        if not all(parent.is_finished() for parent in run.parents):
-            continue
-        with contextlib.suppress(Timeout):
-            lock.acquire()
-            waiting.remove(run)
-            if not run.is_finished():
-                return Training(run, lock, job, jobs)
-            lock.release()
+        if all(parent.is_finished() for parent in run.parents):
+            with contextlib.suppress(Timeout):
+                lock.acquire()
+                waiting.remove(run)
+                if not run.is_finished():
+                    return Training(run, lock, job, jobs)
+                lock.release()
     return None
 
 
