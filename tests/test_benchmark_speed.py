@@ -4,13 +4,7 @@ import shutil
 
 from conftest import ROOT
 
-from scripts.benchmarks.speed import rates
-
 RESULTS = ROOT / "docs" / "results" / "speed" / "results.json"
-
-
-def test_rates_are_low_median_and_high():
-    assert rates([4.0, 2.0, 1.0], 8) == (2.0, 4.0, 8.0)
 
 
 def test_table_and_picture_come_from_the_results(run_script, tmp_path):

@@ -1,8 +1,6 @@
 """Experiments: their files, the runner, the drawings, and what goes wrong with them."""
 
-import csv
 import json
-from pathlib import Path
 
 import pytest
 from conftest import TINY, command_line
@@ -18,16 +16,12 @@ from scripts.experiments.spec import (
     read_experiment,
     resolve_runs,
 )
+from scripts.experiments.table import read_table
 from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint
 from utils.run.errors import UserError
 
 TABLES_AND_FIGURES = {*(f"table{n}" for n in range(1, 5)), *(f"fig{n}" for n in range(1, 9))}
 EXPERIMENTS = TABLES_AND_FIGURES | {"table1_epochs", "fig34_layers", "beyond1", "precision", "scan"}
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture
@@ -62,43 +56,41 @@ def test_every_experiment_resolves(scale, tmp_path):
 
 
 def test_experiments_share_a_run_of_the_same_settings_and_no_other(tmp_path):
-    def folder(name, run, *options):
-        experiment = read_experiment(name, "small")
-        runs = resolve_runs(experiment, "small", range(1), tmp_path, list(options))
-        return next(r.folder.name.rpartition("-")[2] for r in runs if r.name == run)
+    def digest(name, run, *options):
+        runs = resolve_runs(read_experiment(name, "small"), "small", range(1), tmp_path, options)
+        return next(r.digest for r in runs if r.name == run)
 
-    adam = folder("fig2", "binary, Adam")
-    assert adam == folder("fig7", "Adam one-step") == folder("table1", "one-step, 0")
-    assert adam != folder("fig2", "binary, SGD")
-    assert adam != folder("fig2", "binary, Adam", "--data", "/elsewhere")
-    assert adam == folder("fig2", "binary, Adam", "--workers", "3")
-    two_step = folder("table1", "two-step, low -> 0")
-    assert two_step == folder("fig7", "Adam two-step") != folder("table1", "two-step, high -> 0")
-    assert two_step == folder("table4", "activations first (BABW)")
-    assert two_step != folder("table4", "activations first (BABW), taught")
+    adam = digest("fig2", "binary, Adam")
+    assert adam == digest("fig7", "Adam one-step") == digest("table1", "one-step, 0")
+    assert adam != digest("fig2", "binary, SGD")
+    assert adam != digest("fig2", "binary, Adam", "--data", "/elsewhere")
+    assert adam == digest("fig2", "binary, Adam", "--workers", "3")
+    two_step = digest("table1", "two-step, low -> 0")
+    assert two_step == digest("fig7", "Adam two-step") != digest("table1", "two-step, high -> 0")
+    assert two_step == digest("table4", "activations first (BABW)")
+    assert two_step != digest("table4", "activations first (BABW), taught")
 
 
 def test_a_run_may_learn_from_another_last_longer_and_have_fewer_seeds(tmp_path):
-    experiment = read_experiment("table4", "quick")
-
-    def resolved(out, *options):
-        runs = resolve_runs(experiment, "quick", range(100, 102), out, list(options))
+    def resolved(out):
+        experiment, seeds = read_experiment("table4", "quick"), range(100, 102)
+        runs = resolve_runs(experiment, "quick", seeds, out, ["--epochs", "3"])
         return {(run.name, run.seed): run for run in runs}
 
-    runs = resolved(tmp_path, "--epochs", "3")
+    runs = resolved(tmp_path)
     teacher, taught = runs["teacher", 100], runs["weights first (BWBA), taught", 101]
     assert ("teacher", 101) not in runs
     assert taught.parents == [runs["weights first, step 1, taught", 101], teacher]
     assert taught.config.teacher == str(teacher.folder / BEST)
     assert runs["one-step, twice as long", 100].config.epochs == 6
-    elsewhere = resolved(tmp_path / "elsewhere", "--epochs", "3")
-    assert [r.folder.name for r in elsewhere.values()] == [r.folder.name for r in runs.values()]
+    elsewhere = resolved(tmp_path / "elsewhere").values()
+    assert [run.folder.name for run in elsewhere] == [run.folder.name for run in runs.values()]
 
 
 def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experiment, tmp_path):
     result = experiment("fig4")
     assert result.code == 0, result.err
-    rows = rows_of(tmp_path / "fig4.csv")
+    rows = read_table(tmp_path / "fig4.csv")
     assert [row["source"] for row in rows] == 2 * 4 * ["measured"] + 2 * ["published"]
     assert all(float(row["cam"]) > 0 and float(row["update_cam"]) >= 0 for row in rows[:8])
     assert [row["sdam"] for row in rows[8:]] == ["0.006227", "0.005558"]
@@ -112,7 +104,7 @@ def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experimen
     assert experiment("fig5 fig3 fig34_layers fig2", "--finished").code == 0
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert pictures == {"fig2", "fig3", "fig34_layers", "fig4", "fig5"}
-    binary = [row for row in rows_of(tmp_path / "fig2.csv") if row["source"] == "measured"]
+    binary = [row for row in read_table(tmp_path / "fig2.csv") if row["source"] == "measured"]
     assert [row["run"] for row in binary] == ["binary, Adam", "binary, SGD"]  # and nothing trained
     assert all(0 <= float(row["fixed_train_top1"]) <= 100 for row in binary)
     assert {path: path.read_text() for path in tmp_path.glob("runs/*/log.txt")} == logs
@@ -121,7 +113,7 @@ def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experimen
 def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(experiment, tmp_path):
     result = experiment("fig6")
     assert result.code == 0, result.err
-    rows = rows_of(tmp_path / "fig6.csv")
+    rows = read_table(tmp_path / "fig6.csv")
     assert all((row["x"], row["y"]) == ("0.1", "2.4") for row in rows if row["step"] == "0")
     last = [row for row in rows if row["step"] == "1000"]
     assert [row["run"] for row in last] == 5 * ["SGD", "Adam"]
@@ -135,12 +127,12 @@ def test_an_interrupted_grid_goes_on_and_a_changed_one_starts_anew(experiment, t
     assert first.code == 0, first.err
     assert first.out.count("25 of 25 points") == 4
     table = tmp_path / "fig1.csv"
-    rows, lines = rows_of(table), table.read_text().splitlines(keepends=True)
+    rows, lines = read_table(table), table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:8]))
     second = experiment("fig1")
     assert "real-valued, BN frozen: 18 of 25" in second.out
     assert "binary, BN frozen: 25 of 25" in second.out
-    assert rows_of(table) == rows
+    assert read_table(table) == rows
 
     centre = [row for row in rows if row["batch_norm"] == "frozen" and row["distance"] == "0"]
     assert all(row["rise"] == "0" for row in centre)
@@ -177,8 +169,8 @@ def trained(monkeypatch) -> list[str]:
 
         def close(self) -> str:
             self.lock.release()
-            if self.run.name.startswith("bad"):
-                return f"{self.run.name} stopped"
+            if self.run.name == "bad":
+                return "bad stopped"
             finish(self.run)
             return ""
 
