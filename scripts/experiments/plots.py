@@ -91,18 +91,14 @@ def compare_runs(ours: Table, paper: Table, formats: Mapping[str, str]) -> list[
     return rows
 
 
-def after_step1(rows: Table) -> Table:
-    return Table(row for row in rows if not row["run"].startswith("step 1"))
-
-
 def draw_table1(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.5))
-    runs = after_step1(ours).distinct("run")
+    runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
-        for run, rows in source.split("run").items():
-            if run not in runs:
+        for place, run in enumerate(runs):
+            rows = source.where(run=run)
+            if not rows:
                 continue
-            place = runs.index(run)
             marker = "s" if run.startswith("two-step") else MARKERS[2 + place % 8]
             look = {"color": f"C{place}", "marker": marker, "linestyle": "", "capsize": 3}
             ff, c2i, top1 = (rows.numbers(name) for name in ("ff_ratio", "c2i_ratio", "top1"))
@@ -119,8 +115,9 @@ def draw_stability(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(1, 2, figsize=(11, 5))
     summary = [["", "FF, first epoch", "FF, last", "C2I, first epoch", "C2I, last"]]
     columns = {"ff_ratio": ".2e", "c2i_ratio": ".4f"}
-    for place, (run, rows) in enumerate(after_step1(ours).split("run").items()):
-        cells = [run]
+    runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
+    for place, run in enumerate(runs):
+        rows, cells = ours.where(run=run), [run]
         style = {"linestyle": DASHES[place % 10], "marker": MARKERS[place % 10]}
         for axes, (column, form) in zip(panels, columns.items(), strict=True):
             draw_line(axes, rows, column, label=run, **style)
@@ -188,10 +185,8 @@ def draw_curves(ours: Table, paper: Table) -> Drawing:
     for run, rows in ours.split("run").items():
         kind, optimizer = run.split(", ")
         axes, look = panels[int(kind == "binary")], OPTIMIZERS[optimizer]
-        for column, split, dashes in (
-            ("train_top1", "training", ":"),
-            ("val_top1", "validation", "-"),
-        ):
+        splits = (("train_top1", "training", ":"), ("val_top1", "validation", "-"))
+        for column, split, dashes in splits:
             style = look | {"linestyle": dashes, "label": f"{optimizer}, {split}"}
             draw_line(axes, rows, column, **style)
         last = rows.where(epoch=rows[-1]["epoch"])
@@ -336,7 +331,8 @@ def draw_rates(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
     summary = [["", "optimizer", "learning rate", "top-1"]]
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
-        for optimizer, rows in source.split("optimizer").items():
+        for optimizer in ours.distinct("optimizer"):
+            rows = source.where(optimizer=optimizer)
             rates, top1 = rows.numbers("learning_rate"), rows.numbers("top1")
             axes.plot(rates, top1, "k.", markersize=4, zorder=3)
             seeds = {rate: top1[rates == rate] for rate in np.unique(rates)}
