@@ -30,7 +30,7 @@ from models import MODELS
 from scripts.benchmarks import loading, timing, training
 from scripts.benchmarks.page import add_output_options, table, write_page
 from scripts.benchmarks.training import PEAK, SAVED, TEACHER
-from utils.data.decode import nvimagecodec
+from utils.data.decode import DECODERS, nvimagecodec
 from utils.data.transforms import RESIZE
 from utils.run.command_line import Parser, command, positive
 from utils.run.errors import UserError
@@ -101,7 +101,7 @@ def measure_passes(arguments: argparse.Namespace) -> Iterator[dict]:
 
 def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
     """The transforms of one process, and whole loaders with as many workers as there are cores."""
-    decoders = ["pil", "nvimagecodec"]
+    decoders = list(DECODERS)
     try:
         nvimagecodec()
     except UserError as error:

@@ -1,10 +1,9 @@
 """What an experiment measures of its trained runs: the rows of its CSV."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import pairwise, product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def latents(runs: Runs, *_) -> Rows:
 
 def histogram_rows(counts: Sequence[int], limit: float) -> Rows:
     ends = np.linspace(-limit, limit, len(counts) + 1).round(6).tolist()
-    for left, right, count in zip(ends, ends[1:], counts, strict=False):
+    for (left, right), count in zip(pairwise(ends), counts, strict=True):
         yield {"left": left, "right": right, "share": count / sum(counts)}
 
 
@@ -189,7 +188,7 @@ def loss_surface(runs: Runs, settings: Settings, dist: DistEnv, table: Path) -> 
     axis = np.linspace(-1, 1, settings["points"]).round(6).tolist()
     earlier = read_table(table) if table.exists() else []
     known = {grid_point(row): row for row in earlier}
-    for run, batch_norm in itertools.product(runs, settings["batch_norm"]):
+    for run, batch_norm in product(runs, settings["batch_norm"]):
         constant = identity(run) | {"folder": run.folder.name, "images": settings["images"]}
         constant |= {"batch_norm": batch_norm}
         grid = [constant | {"alpha": alpha, "beta": beta} for alpha in axis for beta in axis]
@@ -241,7 +240,7 @@ def evenly_spaced(
 def two_node_paths(runs: Runs, settings: Settings, *_) -> Rows:
     """(x, y) of each optimizer before every tenth step and after the last."""
     shared = {name: settings[name] for name in ("steps", "noise", "batch_size")}
-    for seed, name in itertools.product(range(settings["seeds"]), settings["optimizers"]):
+    for seed, name in product(range(settings["seeds"]), settings["optimizers"]):
         path = two_nodes.descend(**settings["optimizers"][name], **shared, seed=seed).tolist()
         for step in range(0, len(path), 10):
             x, y = path[step]
