@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from conftest import narrow
+from conftest import config_with, narrow
 from torch import nn
 
 from models import MODELS, build_model, reference
 from models.layers import AvgPool2x2, binary_convolutions
 from utils import binarize
+from utils.losses import soft_target_loss
+from utils.optim import build_optimizer
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -92,6 +94,29 @@ def test_gradients_in_float64_are_those_of_the_reference_network(name, device):
     torch.testing.assert_close(*logits, rtol=1e-11, atol=1e-11)
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9 * theirs.norm().item())
+
+
+# Not where sums that are 0, or equal, to a rounding meet the kink of a PReLU or a max pooling.
+@pytest.mark.parametrize("name", ["bcdnet_a", "bireal_r18", "reactnet_a", "reactnet_r18"])
+def test_twenty_steps_in_float64_are_those_of_the_reference_network(name, device):
+    torch.manual_seed(0)
+    options = {"width": 1 / 16, "small_images": True, "latent_init": "symmetric"}
+    model = build_model(name, num_classes=5, **options).double().to(device)
+    other = reference.to_reference(model)
+    config = config_with(learning_rate=1e-2, weight_decay=1e-4)
+    optimizers = [build_optimizer(network, config) for network in (model, other)]
+    for step in range(20):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64)
+        targets = torch.randn(4, 5, generator=generator, dtype=torch.float64)
+        for network, optimizer in zip((model, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            soft_target_loss(network(images.to(device)), targets.to(device)).backward()
+            optimizer.step()
+    for (key, mine), theirs in zip(
+        model.state_dict().items(), other.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9, msg=key)
 
 
 def test_only_inputs_are_saved_for_the_backward_pass():

@@ -21,6 +21,7 @@ from utils.precision import autocast, set_precision
 from utils.run.command_line import Parser, command, positive
 from utils.run.logging import RECORDS, read_records
 
+STAGES = "before", "after", "bfloat16_residual"  # of calculated.json
 PAGE = Path(__file__).parents[2] / "docs" / "results" / "gpu"
 MARKER = "<!-- from here on written by scripts/on_gpu.sh -->\n"
 SHORT = 5.0  # microseconds; a reduction or pointwise kernel below it is a small finishing kernel
@@ -131,15 +132,15 @@ def page(folder: Path) -> str:
 
 
 def counted(calculated: dict) -> str:
-    before, after = (calculated[which]["student"]["kinds"] for which in ("before", "after"))
+    stages = [calculated[which]["student"]["kinds"] for which in STAGES]
+    formats = {"launches": "{launches}", "MB/image": "{total:.1f}", "ms, calculated": "{ms:.2f}"}
     rows = [
-        {
-            "kind of kernel": name,
-            "launches": f"{before[name]['launches']} → {numbers['launches']}",
-            "MB/image": f"{before[name]['total']:.1f} → {numbers['total']:.1f}",
-            "ms, calculated": f"{before[name]['ms']:.2f} → {numbers['ms']:.2f}",
+        {"kind of kernel": name}
+        | {
+            column: " → ".join(text.format_map(kinds[name]) for kinds in stages)
+            for column, text in formats.items()
         }
-        for name, numbers in after.items()
+        for name in stages[0]
     ]
     return f"{calculated['source']}\n\n{table(rows)}"
 
