@@ -140,11 +140,11 @@ class RPReLUFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, before, slope, after = ctx.saved_tensors
         a = add_shift(x, before).to(slope.dtype)
-        of_negative = grad * _ones_where(torch.le, a, 0)
+        of_negative = _ones_where(torch.le, a, 0).mul_(grad)
         slope_less_1 = slope.view(-1, *[1] * (x.ndim - 2)) - 1
         grad_x = torch.addcmul(grad, of_negative, slope_less_1)
         grad_before, grad_slope, grad_after = sum_per_channel(
-            (before, grad_x), (slope, of_negative * a), (after, grad)
+            (before, grad_x), (slope, of_negative.mul_(a)), (after, grad)
         )
         return grad_x.to(ctx.dtype), grad_before, grad_slope, grad_after, None
 
@@ -299,7 +299,7 @@ def _overwrite(y: Tensor) -> Tensor | None:
 
 
 def _channel_sums(terms: list[Tensor]) -> Sequence[Tensor]:
-    if not (torch.compiler.is_compiling() and terms and terms[0].ndim == 4):
+    if not terms or terms[0].ndim != 4:
         return [term.sum((0, *range(2, term.ndim))) for term in terms]
     # First each image's sum, of large images that of four bands: many independent sums, which
     # torch.compile makes in the kernel that makes the terms; sums it splits itself take one more.
