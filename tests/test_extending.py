@@ -43,7 +43,9 @@ def test_a_new_network_trains_in_both_steps_and_is_converted(
     names = {}
     exec(example("A new network"), names)
     monkeypatch.setitem(models.MODELS, "two_blocks", names["TwoBlocks"])
-    assert run_step(1, model="two_blocks").code == 0
+    on_latent_weights = {"decay_group": "latent", "latent_rate": 0.5}
+    first = run_step(1, model="two_blocks", **on_latent_weights)
+    assert "0 tensors (0 values) with weight decay 5e-06; 2 tensors (72 values)" in first.out
     best = tmp_path / "step1" / "model_best.pth.tar"
     assert run_step(2, model="two_blocks", init_from=best).code == 0
     trained = tmp_path / "step2" / "model_best.pth.tar"

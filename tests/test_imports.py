@@ -13,7 +13,7 @@ PACKAGES = ("scripts", "step1", "step2", "models", "utils", "tests")
 ALLOWED = {
     "utils.binarize": ("utils.run.errors",),
     "utils.losses": ("utils.run.errors",),
-    "utils.optim": ("utils.run.errors",),
+    "utils.optim": ("utils.binarize", "utils.run.errors"),
     "utils.metrics": ("utils.binarize", "utils.run.errors"),
     "utils.engine": ("utils",),
     "utils.": ("utils.binarize", "utils.losses", "utils.optim", "utils.metrics", "utils.precision",

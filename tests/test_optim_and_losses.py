@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from conftest import config_with
 
-from models import MODELS, build_model
+from models import build_model
 from utils.binarize import BinaryConv2d
 from utils.losses import batch_loss, soft_target_loss
 from utils.metrics import ff_ratio, latent_weights, signs
-from utils.optim import DECAY_GROUPS, build_optimizer, describe_groups, set_learning_rate
+from utils.optim import build_optimizer, describe_groups, set_learning_rate
 from utils.run.errors import UserError
 
 
@@ -128,14 +128,6 @@ def test_with_teacher_labels_do_not_count_and_the_teacher_gets_no_gradient():
     assert losses[0] == losses[1]
     losses[0].backward()
     assert teacher[1].weight.grad is None and logits.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_latent_weights_are_known_by_their_names(name):
-    with torch.device("meta"):
-        model = build_model(name)
-    named = {n for n, p in model.named_parameters() if DECAY_GROUPS["latent"](n, p)}
-    assert named == {f"{layer}.weight" for layer in latent_weights(model)}
 
 
 def test_latent_weights_may_have_a_rate_and_a_scale_of_their_own():

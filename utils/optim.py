@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from utils.binarize import LatentConv2d
 from utils.run.errors import UserError
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
@@ -29,24 +30,20 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
     constructor = getattr(torch.optim, name, None)
     if not (isinstance(constructor, type) and issubclass(constructor, Optimizer)):
         raise UserError(f"unknown optimizer {name!r}: name one of torch.optim, such as Adam or SGD")
-    decays = DECAY_GROUPS[config.decay_group]
-    groups: list[list[nn.Parameter]] = [[], [], []]
-    for parameter_name, parameter in model.named_parameters():
-        has_own_rate = is_latent(parameter_name, parameter) and config.latent_rate != 1
-        groups[2 if has_own_rate else decays(parameter_name, parameter)].append(parameter)
+    decaying = DECAY_GROUPS[config.decay_group](model)
+    own_rate = latent_weights(model) if config.latent_rate != 1 else set()
+    others = [p for p in model.parameters() if p not in own_rate]
     decay = {"weight_decay": config.weight_decay}
-    own_rate = [{"params": groups[2], "rate": config.latent_rate, **decay}] if groups[2] else []
+    groups = [
+        {"params": [p for p in others if p not in decaying], "weight_decay": 0.0},
+        {"params": [p for p in others if p in decaying], **decay},
+    ]
+    if own_rate:
+        latent = [p for p in model.parameters() if p in own_rate]
+        groups.append({"params": latent, "rate": config.latent_rate, **decay})
     options = (ADAM if name == "Adam" else {}) | (config.optimizer_options or {})
     try:
-        optimizer = constructor(
-            [
-                {"params": groups[False], "weight_decay": 0.0},
-                {"params": groups[True], **decay},
-                *own_rate,
-            ],
-            lr=config.learning_rate,
-            **options,
-        )
+        optimizer = constructor(groups, lr=config.learning_rate, **options)
     except Exception as error:  # each optimizer checks its options in its own way
         reason = str(error).partition("\n")[0]
         raise UserError(f"optimizer {name} with {options} cannot be built: {reason}") from error
@@ -55,25 +52,25 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
     return optimizer
 
 
-def decays_as_released(name: str, parameter: nn.Parameter) -> bool:
+def released_group(model: nn.Module) -> set[nn.Parameter]:
     """4-D, or 'conv' in the name: all convolutions, and also the RSign and RPReLU shifts."""
-    return parameter.ndim == 4 or "conv" in name
+    return {p for name, p in model.named_parameters() if p.ndim == 4 or "conv" in name}
 
 
-def decays_if_convolution(name: str, parameter: nn.Parameter) -> bool:
+def convolutions(model: nn.Module) -> set[nn.Parameter]:
     """Kernels only: the shifts are 4-D, but biases."""
-    return parameter.ndim == 4 and not name.endswith("bias")
+    return {p for name, p in model.named_parameters() if p.ndim == 4 and not name.endswith("bias")}
 
 
-def is_latent(name: str, parameter: nn.Parameter) -> bool:
-    """The kernel of a convolution that is binary in step 2, as the networks here name them."""
-    return "binary" in name
+def latent_weights(model: nn.Module) -> set[nn.Parameter]:
+    """The kernels of the convolutions that are binary in step 2."""
+    return {layer.weight for layer in model.modules() if isinstance(layer, LatentConv2d)}
 
 
-DECAY_GROUPS: dict[str, Callable[[str, nn.Parameter], bool]] = {
-    "released": decays_as_released,
-    "convolutions": decays_if_convolution,
-    "latent": is_latent,
+DECAY_GROUPS: dict[str, Callable[[nn.Module], set[nn.Parameter]]] = {
+    "released": released_group,
+    "convolutions": convolutions,
+    "latent": latent_weights,
 }
 
 
