@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.binarize import LatentConv2d, Sign, add_shift
@@ -281,11 +281,10 @@ def build_metrics(config, dist, model: nn.Module, images) -> BinaryMetrics | NoM
 
 def pack_signs(signs: Tensor) -> Tensor:
     """Booleans of any shape, n values -> ceil(n / 8) bytes, the first in the lowest bit."""
-    bits = F.pad(signs.flatten().byte(), (0, -signs.numel() % 8)).view(-1, 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(signs.flatten(), bitorder="little"))
 
 
 def unpack_signs(packed: Tensor, shape: torch.Size | list[int]) -> Tensor:
     """Bytes of `pack_signs` -> booleans in `shape`."""
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[: math.prod(shape)].bool().view(*shape)
+    bits = np.unpackbits(packed, count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(bits).bool().view(*shape)
