@@ -200,28 +200,19 @@ def _sync_bn_peer(rank: int, folder: str, port: int) -> None:
 def test_bn_statistics_are_per_process_by_default_and_rank_0s_are_kept(outcomes):
     alone, first, second = outcomes["with_bn"]
     assert largest_difference(alone, first, "buffers") > 1e-3
-    assert torch.equal(first["buffers"], second["buffers"])
-    assert torch.equal(first["parameters"], second["parameters"])
+    for key in ("buffers", "parameters"):
+        assert torch.equal(first[key], second[key])
+    for split in ("top1", "loss", "images"):
+        assert first["validated"][split] == second["validated"][split]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_binary_metrics_of_two_processes_agree_with_a_naive_recount(outcomes, rank):
-    peer = outcomes["with_bn"][1 + rank]
-    signs = peer["signs"]
-    flips = [(a != b).double().mean().item() for a, b in itertools.pairwise(signs)]
-    assert peer["measured"]["ff_ratio"] == pytest.approx(sum(flips) / 3, rel=1e-12)
-    unchanged = (signs[0] == signs[-1]).double().mean().item()
-    assert peer["measured"]["c2i_ratio"] == pytest.approx(unchanged, rel=1e-12)
-
-
-def test_validation_counts_each_image_once_and_agrees_on_all_processes(outcomes):
-    for alone, first, second in outcomes.values():
-        numbers = [
-            {k: v for k, v in one["validated"].items() if k != "images_per_second"}
-            for one in (alone, first, second)
-        ]
-        assert numbers[0]["images"] == IMAGES
-        assert numbers[1] == numbers[2]
+def test_binary_metrics_of_two_processes_agree_with_a_naive_recount(outcomes):
+    for peer in outcomes["with_bn"][1:]:
+        signs, measured = peer["signs"], peer["measured"]
+        flips = [(a != b).double().mean().item() for a, b in itertools.pairwise(signs)]
+        assert measured["ff_ratio"] == pytest.approx(sum(flips) / 3, rel=1e-12)
+        unchanged = (signs[0] == signs[-1]).double().mean().item()
+        assert measured["c2i_ratio"] == pytest.approx(unchanged, rel=1e-12)
 
 
 def options(**values) -> list[str]:
@@ -296,10 +287,12 @@ def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_fo
     assert not (tmp_path / "out").exists()
 
 
-def test_one_machine_runs_one_process_per_gpu_or_one_on_a_cpu():
+def test_one_machine_runs_one_process_per_gpu_or_as_many_as_are_asked_for():
     assert torchrun_settings({}, gpus=8) == {"PET_NPROC_PER_NODE": "8", "PET_STANDALONE": "1"}
-    assert torchrun_settings({}, gpus=0)["PET_NPROC_PER_NODE"] == "1"
-    assert torchrun_settings({"NPROC_PER_NODE": "2"}, gpus=0)["PET_NPROC_PER_NODE"] == "2"
+    given = {"NPROC_PER_NODE": "2"}
+    assert torchrun_settings(given, gpus=0)["PET_NPROC_PER_NODE"] == "2"
+    given["PET_NPROC_PER_NODE"] = "3"  # torchrun's own variables stand above all
+    assert torchrun_settings(given, gpus=4)["PET_NPROC_PER_NODE"] == "3"
 
 
 def test_several_machines_are_taken_from_the_usual_variables_or_slurm(tmp_path, monkeypatch):
@@ -320,12 +313,5 @@ def test_several_machines_are_taken_from_the_usual_variables_or_slurm(tmp_path, 
     slurm = {"SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_JOB_NODELIST": "node[0-1]"}
     assert torchrun_settings(slurm, gpus=4) == expected | {"PET_MASTER_PORT": "29500"}
 
-
-def test_torchruns_own_variables_stand_above_all():
-    settings = torchrun_settings({"PET_NPROC_PER_NODE": "3", "NPROC_PER_NODE": "2"}, gpus=4)
-    assert settings["PET_NPROC_PER_NODE"] == "3"
-
-
-def test_several_machines_without_an_address_are_refused():
     with pytest.raises(SystemExit, match="MASTER_ADDR"):
         torchrun_settings({"NNODES": "2"}, gpus=1)
