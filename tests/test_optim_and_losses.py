@@ -60,9 +60,7 @@ def test_other_optimizers_are_built_by_name_with_their_options():
     ("name", "options", "words"),
     [
         ("Adamm", {}, "unknown optimizer 'Adamm'"),
-        ("lr_scheduler", {}, "unknown optimizer"),
         ("Adam", {"momentum": 0.9}, "optimizer Adam with .* cannot be built"),
-        ("LBFGS", {}, "optimizer LBFGS with .* cannot be built"),
         ("SparseAdam", {}, "knows no weight decay"),
         ("Adam", {"betas": [0.9]}, "optimizer Adam with .* cannot be built: list index"),
     ],
@@ -90,11 +88,8 @@ def test_released_schedule_never_uses_the_base_rate_and_ends_at_zero():
     torch.testing.assert_close(torch.tensor(released).diff(), torch.full((255,), -1.25e-3 / 256))
 
 
-def test_textbook_schedule_starts_at_the_base_rate_and_ends_above_zero():
+def test_textbook_and_cosine_schedules_start_at_the_base_rate():
     assert rates(4, learning_rate=1.0, schedule="textbook") == [1.0, 0.75, 0.5, 0.25]
-
-
-def test_cosine_schedule_starts_at_the_base_rate_and_halves_it_in_the_middle():
     cosine = rates(4, learning_rate=1.0, schedule="cosine")
     assert cosine == pytest.approx([1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
 
@@ -131,12 +126,11 @@ def test_with_teacher_labels_do_not_count_and_the_teacher_gets_no_gradient():
 
 
 def test_latent_weights_may_have_a_rate_and_a_scale_of_their_own():
+    options = {"num_classes": 3, "width": 1 / 16, "latent_init": "symmetric"}
     torch.manual_seed(0)
-    plain = build_model("reactnet_r18", num_classes=3, width=1 / 16, latent_init="symmetric")
+    plain = build_model("reactnet_r18", **options)
     torch.manual_seed(0)
-    scaled = build_model(
-        "reactnet_r18", num_classes=3, width=1 / 16, latent_init="symmetric", latent_scale=0.25
-    )
+    scaled = build_model("reactnet_r18", latent_scale=0.25, **options)
     latent = latent_weights(plain)
     for (name, value), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
         is_latent = name.removesuffix(".weight") in latent
