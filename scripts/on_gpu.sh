@@ -32,7 +32,7 @@ part() {  # NAME PACKAGE COMMAND...
 
 devices=(cpu cuda) batches=(256 128 64) size=() images=() short=() profile=()
 files=(reference networks precision data distributed checkpoint_manager)
-cases=("bfloat16, compiled" "bfloat16" "tf32, compiled" "tf32" "float32, compiled" "float32")
+cases=("bfloat16, compiled" "bfloat16_residual, compiled" "bfloat16" "tf32, compiled" "tf32" "float32, compiled" "float32")
 config=quickstart
 [ ! -d data/cifar-10-batches-py ] || config=cifar10 short=(--train_per_class 1000 --val_per_class 200)
 if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then

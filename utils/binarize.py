@@ -304,7 +304,8 @@ def _channel_sums(terms: list[Tensor]) -> Sequence[Tensor]:
     # First each image's sum, of large images that of four bands: many independent sums, which
     # torch.compile makes in the kernel that makes the terms; sums it splits itself take one more.
     height = terms[0].shape[2]
-    bands = 4 if height > LARGE and height % 4 == 0 else 1
+    # On a GPU alone: torch 2.11 compiles bands into code that crashes on a CPU.
+    bands = 4 if terms[0].is_cuda and height > LARGE and height % 4 == 0 else 1
     partial = [term.unflatten(2, (bands, -1)).sum((3, 4)) for term in terms]  # (N, C, bands) each
     return torch.stack(partial).sum((1, 3))
 

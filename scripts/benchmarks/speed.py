@@ -47,6 +47,7 @@ CASES = {
     "tf32, compiled": {"precision": "tf32", **COMPILED},
     "bfloat16": {"precision": "bfloat16", "channels_last": True},
     "bfloat16, compiled": {"precision": "bfloat16", **COMPILED},
+    "bfloat16_residual, compiled": {"precision": "bfloat16_residual", **COMPILED},
 }
 if timing.DEVICE.type == "cpu":
     CASES = {name: case for name, case in CASES.items() if case["precision"] != "tf32"}
