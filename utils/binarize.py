@@ -82,7 +82,7 @@ class ScaledSignClipSTE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         (w,) = ctx.saved_tensors
-        return grad * (w.abs() <= 1)
+        return clip_weight_gradient(grad, w)
 
 
 class BinaryConvolution(torch.autograd.Function):
@@ -114,7 +114,7 @@ class BinaryConvolution(torch.autograd.Function):
             grad, x, kernel, None, stride, padding, dilation, False, [0, 0], groups, needed
         )
         if grad_w is not None:
-            grad_w = grad_w.to(w.dtype) * (w.abs() <= 1)
+            grad_w = clip_weight_gradient(grad_w, w)
         return grad_x, grad_w, None, None, None, None
 
 
@@ -170,6 +170,11 @@ def binarize_weight(w: Tensor) -> Tensor:
     ([[[[1.0, -1.0]]]], [[[[1.0, 0.0]]]])
     """
     return ScaledSignClipSTE.apply(w)
+
+
+def clip_weight_gradient(grad: Tensor, w: Tensor) -> Tensor:
+    """grad * 1[|w| <= 1], in the dtype of w."""
+    return _ones_where(torch.le, w.abs(), 1).mul_(grad)
 
 
 def channel_scale(w: Tensor) -> Tensor:
