@@ -123,7 +123,8 @@ class RunLog:
         if self.dist.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.dist.device)
             line += f", {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory in use"
-            slow = [f"--{k} {v}" for k, v in FAST.items() if getattr(self.config, k) != v]
+            asked = {k: str(getattr(self.config, k)) for k in FAST}
+            slow = [f"--{k} {v}" for k, v in FAST.items() if not asked[k].startswith(str(v))]
             line += f"; faster with {' '.join(slow).lower()}" if slow else ""
         self.logger.info(line)
 
