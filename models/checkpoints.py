@@ -134,7 +134,8 @@ def infer_architecture(state: Mapping[str, Tensor], source: Path) -> tuple[str, 
             options = {"width": width, "binary_activations": True, "small_images": False}
             # Only step 2 was ever stored flat, and only binary kernels are exactly -1 and +1.
             kernels = [value for key, value in fitted.items() if "binary" in key]
-            if all(map(is_binary, kernels)) or any(key.endswith(".weights") for key in state):
+            is_flat = any(key.endswith(".weights") for key in state)
+            if is_flat or (kernels and all(map(is_binary, kernels))):
                 options["binary_weights"] = True
             return name, options
         differences[name] = missing, left_over

@@ -109,7 +109,11 @@ class _BatchNormFunction(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d, whose gradient torch.compile can fuse with its neighbours': (N, C, H, W)."""
+    """nn.BatchNorm2d: (N, C, H, W) -> the same.
+
+    Compiled training writes both passes out in elementary operations, which torch.compile fuses
+    with those around them better than torch's own BN.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and torch.compiler.is_compiling():
@@ -118,17 +122,22 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 def _batch_norm(x: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor, bias: Tensor) -> Tensor:
-    """BN of batch statistics with the parameters of `norms`, each of its share of the channels."""
+    """BN of x with its batch's statistics, which also update the running ones of `norms`.
+
+    x is the inputs of `norms` side by side, an equal share of the channels each; weight and bias
+    are theirs, concatenated.
+    """
     if torch.compiler.is_compiling():
         y, mean, var = _BatchNormFunction.apply(x, weight, bias, norms[0].eps)
     else:
         mean, var = torch.zeros_like(weight), torch.zeros_like(weight)
+        # With momentum=1 these two buffers become the statistics of this batch alone.
         y = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=1, eps=norms[0].eps)
     with torch.no_grad():
-        shares = mean.chunk(len(norms)), var.chunk(len(norms))
-        for norm, mean, var in zip(norms, *shares, strict=True):
-            norm.running_mean.mul_(1 - norm.momentum).add_(mean, alpha=norm.momentum)
-            norm.running_var.mul_(1 - norm.momentum).add_(var, alpha=norm.momentum)
+        shares = zip(norms, mean.chunk(len(norms)), var.chunk(len(norms)), strict=True)
+        for norm, batch_mean, batch_var in shares:
+            norm.running_mean.mul_(1 - norm.momentum).add_(batch_mean, alpha=norm.momentum)
+            norm.running_var.mul_(1 - norm.momentum).add_(batch_var, alpha=norm.momentum)
             norm.num_batches_tracked.add_(1)
     return y
 
@@ -214,7 +223,8 @@ def concatenated_conv_bn(
 ) -> Tensor:
     """Each convolution of the same x (N, C, H, W), then its BN, concatenated along the channels.
 
-    In training, one convolution and one BN of the concatenated parameters compute the same.
+    In training one convolution and one BN of the concatenated parameters compute the same: fewer
+    and larger kernels, compiled or not.  In eval mode each layer is called by itself.
     """
     # Not of nn.SyncBatchNorm, and not of the reference's convolutions.
     is_plain = type(norms[0]) is BatchNorm2d and type(convs[0]) in (LatentConv2d, BinaryConv2d)

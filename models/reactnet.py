@@ -95,6 +95,7 @@ class ReActNetA(nn.Module):
         stem.bn1 = BatchNorm2d(channels[0])
         self.feature = nn.Sequential(stem)
         for before, after in pairwise(channels):
+            # Every doubling block halves the size, but the first, and for small images the last.
             keeps_size = after == before or before == channels[0]
             keeps_size |= options.small_images and after == channels[-1]
             self.feature.append(Block(before, after, 1 if keeps_size else 2, options))

@@ -2,6 +2,7 @@
 
 Masks in floats, the detach trick, one pass per operation.  The autograd Functions of
 `utils.binarize` are tested against this and timed beside it (`python -m scripts.benchmarks.speed`).
+At single points they differ: torch.sign(0) is 0, and the clip's gradient at exactly +-1 is 1 here.
 
     y = f(x).detach() - g(x).detach() + g(x)     is f(x) forward and has the gradient of g backward
 """

@@ -44,7 +44,7 @@ def train(config: Config, dist: DistEnv) -> None:
     torch.manual_seed(config.seed)
     student = build_model(config.model, num_classes=num_classes, **config.network_options())
     place(student, config, dist.device)
-    # Adam, with weight decay: real-valued weights gain stability by it and lose no sign.
+    # Adam, with weight decay: it keeps training stable, and no sign of a weight is used yet.
     optimizer = build_optimizer(student, config)
     # The softmax of the teacher is the student's target.
     teacher = load_teacher(config, num_classes, dist.device)

@@ -45,7 +45,7 @@ def train(config: Config, dist: DistEnv) -> None:
     torch.manual_seed(config.seed)
     student = build_model(config.model, num_classes=num_classes, **config.network_options())
     place(student, config, dist.device)
-    # Adam, without weight decay: it would pull latent weights to 0, where signs flip.
+    # Adam, without weight decay, which would pull latent weights to 0, where signs flip.
     optimizer = build_optimizer(student, config)
     # The softmax of the teacher is the student's target.
     teacher = load_teacher(config, num_classes, dist.device)

@@ -6,9 +6,9 @@
     RPReLU(x) = PReLU(x + b1) + b2                slope and shifts per channel (ReActNet)
 
 Each autograd Function computes the equation in `forward` and the estimator's gradient in
-`backward`, and saves only its inputs; `models/reference.py` composes the same from elementary
-operations.  Sign(0) is +1, so that there are exactly two values; the released code uses
-`torch.sign`, where it is 0.
+`backward`, and saves only its inputs (under autocast in its dtype); `models/reference.py` composes
+the same from elementary operations.  Sign(0) is +1, so that there are exactly two values; the
+released code uses `torch.sign`, where it is 0.
 
 Under autocast, Sign and the binary convolution return the lower precision, in which -1 and +1 are
 exact.
@@ -86,10 +86,11 @@ class ScaledSignClipSTE(torch.autograd.Function):
 
 
 class BinaryConvolution(torch.autograd.Function):
-    """y = x * w_b = (x * Sign(w)) mean|w|, a convolution;  dL/dw := dL/dw_b * 1[|w| <= 1].
+    """y = conv(x, w_b) = conv(x, Sign(w)) * mean|w|;  dL/dw := dL/dw_b * 1[|w| <= 1].
 
-    Scaled after the sum, which is then a whole number: a sum of 0 stays 0, whatever the order of
-    summation, and a PReLU behind it takes the same slope; in a lower precision only y is rounded.
+    The scale comes after the convolution, whose sums of -1 and +1 are then whole numbers, exact in
+    any order of summation: a sum of 0 is exactly 0, and a PReLU behind it takes the right slope.
+    In a lower precision the forward pass rounds y alone.
     """
 
     @staticmethod
@@ -183,7 +184,6 @@ def channel_scale(w: Tensor) -> Tensor:
 
 
 LATENT_INITS = ("positive", "symmetric")
-LARGE = 64  # rows of an image, see `_channel_sums`
 
 
 class Sign(nn.Module):
@@ -214,7 +214,7 @@ class Sign(nn.Module):
 class RPReLU(nn.PReLU):
     """PReLU(x), or RPReLU(x) = PReLU(x + b1) + b2, everything per channel: (N, C, ...) -> same."""
 
-    low_precision = False  # whether autocast's dtype is that of the result, which is the residual
+    low_precision = False  # return autocast's dtype, not float32; `place` sets it (residual path)
 
     def forward(
         self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None
@@ -306,11 +306,12 @@ def _overwrite(y: Tensor) -> Tensor | None:
 def _channel_sums(terms: list[Tensor]) -> Sequence[Tensor]:
     if not terms or terms[0].ndim != 4:
         return [term.sum((0, *range(2, term.ndim))) for term in terms]
-    # First each image's sum, of large images that of four bands: many independent sums, which
-    # torch.compile makes in the kernel that makes the terms; sums it splits itself take one more.
+    # Sum each image first (a large image in four bands), then add up these partial sums:
+    # torch.compile fuses many small sums into the kernel that computes the terms.  A single large
+    # sum it would split by itself, which costs an extra kernel.
     height = terms[0].shape[2]
-    # On a GPU alone: torch 2.11 compiles bands into code that crashes on a CPU.
-    bands = 4 if terms[0].is_cuda and height > LARGE and height % 4 == 0 else 1
+    # Bands on GPUs only: torch 2.11 compiles them into code that crashes on a CPU.
+    bands = 4 if terms[0].is_cuda and height > 64 and height % 4 == 0 else 1
     partial = [term.unflatten(2, (bands, -1)).sum((3, 4)) for term in terms]  # (N, C, bands) each
     return torch.stack(partial).sum((1, 3))
 

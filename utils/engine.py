@@ -46,7 +46,8 @@ def train_one_epoch(
     with FiniteGuard(model, optimizer, batches, state) as guard:
         for images, labels in batches:
             optimizer.zero_grad()
-            # Makes the mean over this share of the batch its part of the mean over the whole batch.
+            # A loss, a mean, times len(y) is the sum over a part of the batch; times `weight`, and
+            # added up over parts and processes, this becomes the mean over the whole batch.
             weight = share_weight(len(labels), images.device) / len(labels)
             chunks = images.chunk(config.accumulate), labels.chunk(config.accumulate)
             losses = []
@@ -66,11 +67,11 @@ def train_one_epoch(
 
 
 class FiniteGuard:
-    """Keeps an update from the weights whose loss or gradient is not finite, and ends the run; a
-    context around the iterations of an epoch.
+    """Ends a run whose loss or gradient is not finite, before that update reaches the weights.
 
-    A GPU is not waited for: its fused optimizer takes a flag, with which it changes nothing, and
-    the error is raised in a later iteration, once the values have come.
+    A context around the iterations of an epoch.  On a GPU nothing waits for the values: the fused
+    optimizer skips the update by itself (`found_inf`), and the error is raised some iterations
+    later, when the values have reached the CPU.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, batches: Batches, state: TrainState):

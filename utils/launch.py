@@ -59,7 +59,7 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str:
 
 def main() -> None:
     script_and_options = sys.argv[1:]
-    on_cpu = "--device cpu" in " ".join(script_and_options)
+    on_cpu = "--device cpu" in " ".join(script_and_options).replace("=", " ")
     settings = torchrun_settings(os.environ, 0 if on_cpu else torch.cuda.device_count())
     if settings["PET_NPROC_PER_NODE"] == "1" and "PET_NNODES" not in settings:
         os.execv(sys.executable, [sys.executable, *script_and_options])
@@ -72,7 +72,10 @@ def main() -> None:
         code = run_once(script_and_options)
         if code == 0 or code in FINAL or left == 0:
             sys.exit(code)
-        print(f"a process ended with code {code}: all start again, {left} more times", flush=True)
+        print(
+            f"a process ended with code {code}: all start again, {left} more times",
+            flush=True,
+        )
 
 
 def run_once(script_and_options: Sequence[str]) -> int:

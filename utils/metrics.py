@@ -37,8 +37,8 @@ def ff_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float
 def c2i_ratio(initial: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> float:
     """Correlation to initialization: 1 - the share of signs that differ from their first ones.
 
-    The slides print a further factor 1/2 in Eq. 7, with which it could never fall below 0.5, as
-    published values do.
+    The authors' slides print a further factor 1/2 in Eq. 7, with which it could never fall below
+    0.5, as published values do.
     """
     return 1 - ff_ratio(initial, final)
 

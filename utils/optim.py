@@ -58,7 +58,7 @@ def released_group(model: nn.Module) -> set[nn.Parameter]:
 
 
 def convolutions(model: nn.Module) -> set[nn.Parameter]:
-    """Kernels only: the shifts are 4-D, but biases."""
+    """Kernels only: the shifts, which are 4-D too, have names that end in "bias"."""
     return {p for name, p in model.named_parameters() if p.ndim == 4 and not name.endswith("bias")}
 
 
@@ -77,7 +77,7 @@ DECAY_GROUPS: dict[str, Callable[[nn.Module], set[nn.Parameter]]] = {
 def released_schedule(epoch: int, epochs: int) -> float:
     """1 - (epoch + 1) / epochs: the scheduler is stepped before the first epoch.
 
-    So the base rate is never used, and the last epoch runs at exactly 0 (only BN moves).
+    So the base rate is never used, and the last epoch, or the only one, runs at exactly 0.
     """
     return 1 - (epoch + 1) / epochs
 

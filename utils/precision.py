@@ -1,8 +1,8 @@
 """How a network is computed: precision, memory layout and compilation.
 
-Weights and the optimizer stay in float32 whatever is chosen; so does the residual path behind an
-RPReLU, but with bfloat16_residual.  Before the first RPReLU, and in Bi-Real-18, which has none,
-bfloat16 sums what BN gives in bfloat16.
+Weights and the optimizer always stay in float32.  So does the residual path behind an RPReLU,
+except with bfloat16_residual.  Before the first RPReLU, and in networks without one (Bi-Real-18,
+MeliusNet29), bfloat16 sums what BN gives in bfloat16.
 """
 
 import torch
@@ -31,7 +31,10 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def place(model: nn.Module, config, device: torch.device) -> nn.Module:
-    """Move a network in place; its inputs then take its memory layout by themselves."""
+    """Move a network in place, and set the precision of its residual path.
+
+    Its inputs then take its memory layout by themselves.
+    """
     for layer in model.modules():
         if isinstance(layer, RPReLU):
             layer.low_precision = config.precision == "bfloat16_residual"

@@ -14,7 +14,7 @@ class TrainState:
     history: one record per finished epoch, as in metrics.jsonl.
     iteration: updates done of the epoch in progress.
     meter: loss and accuracy of this process's share of these iterations.
-    hooks: called in order after each iteration and each epoch; they look and change nothing here.
+    hooks: called in order after each iteration and each epoch; none changes this object.
     """
 
     meter: Meter = field(default_factory=Meter)
