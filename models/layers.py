@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from utils.binarize import BinaryConv2d, LatentConv2d, Sign, add_shift, sum_per_channel
+from utils.binarize import (
+    BinaryConv2d,
+    LatentConv2d,
+    Sign,
+    add_shift,
+    sum_per_channel,
+    to_dtype,
+)
 from utils.run.errors import UserError
 
 
@@ -90,11 +97,10 @@ class _BatchNormFunction(torch.autograd.Function):
         inverse_std = (var + eps).rsqrt()
         ctx.save_for_backward(x, mean, inverse_std, weight, bias)
         y = (x - mean) * (inverse_std * weight.view(mean.shape)) + bias.view(mean.shape)
-        y = y if y.dtype == x.dtype else y.to(x.dtype)
         count = x.numel() // x.shape[1]
         batch_mean, batch_var = mean.flatten(), var.flatten() * (count / (count - 1))
         ctx.mark_non_differentiable(batch_mean, batch_var)
-        return y, batch_mean, batch_var
+        return to_dtype(y, x.dtype), batch_mean, batch_var
 
     @staticmethod
     @once_differentiable

@@ -101,8 +101,7 @@ class BinaryConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, w)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
         y = torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y))
-        # torch 2.11 compiles a wrong gradient where `to` has nothing to convert.
-        return y if y.dtype == dtype else y.to(dtype)
+        return to_dtype(y, dtype)
 
     @staticmethod
     @once_differentiable
@@ -133,8 +132,7 @@ class RPReLUFunction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):  # the residual path keeps its precision
             y = F.prelu(add_shift(x, before).to(slope.dtype), slope)
         y = y if after is None else torch.add(y, after, out=_overwrite(y))
-        dtype = _autocast_dtype(x) if low_precision else y.dtype
-        return y if y.dtype == dtype else y.to(dtype)
+        return to_dtype(y, _autocast_dtype(x)) if low_precision else y
 
     @staticmethod
     @once_differentiable
@@ -271,6 +269,17 @@ def sum_per_channel(*pairs: tuple[Tensor | None, Tensor]) -> list[Tensor | None]
     terms = [term for parameter, term in pairs if parameter is not None]
     sums = iter(_channel_sums(terms))
     return [None if p is None else next(sums).view(p.shape) for p, _ in pairs]
+
+
+def to_dtype(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """y in `dtype`, as a forward pass may end with it."""
+    # torch 2.11 compiles a wrong gradient where `to` has nothing to convert.
+    return y if y.dtype == dtype else y.to(dtype)
+
+
+def latent_convolutions(model: nn.Module) -> dict[str, LatentConv2d]:
+    """Name -> module, in the order they are defined."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LatentConv2d)}
 
 
 def is_binary(x: Tensor) -> bool:

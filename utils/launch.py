@@ -72,10 +72,7 @@ def main() -> None:
         code = run_once(script_and_options)
         if code == 0 or code in FINAL or left == 0:
             sys.exit(code)
-        print(
-            f"a process ended with code {code}: all start again, {left} more times",
-            flush=True,
-        )
+        print(f"a process ended with code {code}: all start again, {left} more times", flush=True)
 
 
 def run_once(script_and_options: Sequence[str]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.binarize import LatentConv2d, Sign, add_shift
+from utils.binarize import Sign, add_shift, latent_convolutions
 from utils.run.errors import UserError
 
 HISTOGRAM_LIMIT = 1.5  # latent weights beyond it count as at it
@@ -69,7 +69,7 @@ def latent_weights(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         UserError: the model has none.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, LatentConv2d)}
+    layers = latent_convolutions(model)
     if not layers:
         raise UserError(f"this {type(model).__name__} has no layers with latent weights")
     return {name: layer.weight.detach() for name, layer in layers.items()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from utils.binarize import LatentConv2d
+from utils.binarize import latent_convolutions
 from utils.run.errors import UserError
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
@@ -64,7 +64,7 @@ def convolutions(model: nn.Module) -> set[nn.Parameter]:
 
 def latent_weights(model: nn.Module) -> set[nn.Parameter]:
     """The kernels of the convolutions that are binary in step 2."""
-    return {layer.weight for layer in model.modules() if isinstance(layer, LatentConv2d)}
+    return {layer.weight for layer in latent_convolutions(model).values()}
 
 
 DECAY_GROUPS: dict[str, Callable[[nn.Module], set[nn.Parameter]]] = {
