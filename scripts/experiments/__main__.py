@@ -13,22 +13,18 @@ What it leaves is in OUT: runs/, NAME.csv and NAME.png.
 """
 
 import contextlib
-import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 from scripts.experiments import spec
 from scripts.experiments.measures import MEASURES
 from scripts.experiments.plots import draw
 from scripts.experiments.table import write_table
+from scripts.experiments.workers import Worker
 from utils.run.command_line import Parser, command, positive
 from utils.run.distributed import init_distributed
 from utils.run.errors import UserError
@@ -107,42 +103,6 @@ def measure(name: str, scale: str, runs: Sequence[spec.Run], table: Path) -> Non
         write_table(table, [*measured, *published])
 
 
-class Training:
-    """A run that a process of its own trains, or goes on with, as job number `job`."""
-
-    def __init__(self, run: spec.Run, lock: FileLock, job: int, jobs: int):
-        self.run, self.lock = run, lock
-        print(f"{run.name}, seed {run.seed}: {run.folder}", flush=True)
-        program = [spec.ROOT / "utils" / "launch.py", spec.ROOT / f"step{run.step}" / "train.py"]
-        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, *program, *run.arguments],
-            stdout=subprocess.DEVNULL,
-            stderr=self.errors,
-            env=os.environ | one_device(job) if jobs > 1 else None,
-        )
-
-    def has_ended(self) -> bool:
-        return self.process.poll() is not None
-
-    def close(self) -> str:
-        """Wait for its end; empty if all went well, or why not."""
-        code = self.process.wait()
-        self.lock.release()
-        with self.errors:
-            self.errors.seek(0)
-            *_, reason = [f"code {code}", *self.errors.read().strip().splitlines()]
-        reason = reason.removeprefix("error: ")
-        return f"run {self.run.name!r}, seed {self.run.seed}, stopped: {reason}" if code else ""
-
-
-def one_device(job: int) -> dict[str, str]:
-    """Environment of one core, and of one of the GPUs where there are any."""
-    every = ",".join(map(str, range(torch.cuda.device_count())))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-    return {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible[job % len(visible)]}
-
-
 def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
     """Train the runs that are not finished, `jobs` at a time, each after its parents.
 
@@ -154,19 +114,20 @@ def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
     """
     waiting = [run for run in runs if not run.is_finished()]
     print(f"{len(waiting)} of {len(runs)} runs to train", flush=True)
-    active: list[Training | None] = [None] * jobs
+    workers = [Worker(number, jobs) for number in range(jobs)]
     problems: list[str] = []
     told, reported = None, time.monotonic()
     try:
-        while waiting or any(active):
-            for job, training in enumerate(active):
-                if training and training.has_ended():
-                    active[job] = None
-                    if problem := training.close():
+        while waiting or any(worker.run for worker in workers):
+            for worker in workers:
+                if worker.run and worker.has_ended():
+                    run = worker.run
+                    if problem := worker.result():
                         problems.append(problem)
-                        waiting = [run for run in waiting if not run.descends_from(training.run)]
-                active[job] = active[job] or start_next(waiting, job, jobs)
-            if waiting and not any(active) and told != waiting[0]:
+                        waiting = [other for other in waiting if not other.descends_from(run)]
+                if not worker.run:
+                    start_next(waiting, worker)
+            if waiting and not any(worker.run for worker in workers) and told != waiting[0]:
                 told = waiting[0]
                 print(f"waiting for another command to train {told.folder}", flush=True)
             time.sleep(POLL_SECONDS)
@@ -174,14 +135,14 @@ def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
                 reported = time.monotonic()
                 print(progress(runs, jobs), flush=True)
     finally:
-        for training in filter(None, active):
-            training.process.terminate()
-        for training in filter(None, active):
-            training.close()
+        for worker in workers:
+            worker.interrupt()
+        for worker in workers:
+            worker.close()
     return problems
 
 
-def start_next(waiting: list[spec.Run], job: int, jobs: int) -> Training | None:
+def start_next(waiting: list[spec.Run], worker: Worker) -> None:
     """Take the first run out of `waiting` that can be trained now, and start it."""
     for run in list(waiting):
         lock = FileLock(run.folder / LOCK, blocking=False)
@@ -190,9 +151,8 @@ def start_next(waiting: list[spec.Run], job: int, jobs: int) -> Training | None:
                 lock.acquire()
                 waiting.remove(run)
                 if not run.is_finished():
-                    return Training(run, lock, job, jobs)
+                    return worker.start(run, lock)
                 lock.release()
-    return None
 
 
 def progress(runs: Sequence[spec.Run], jobs: int) -> str:

@@ -22,7 +22,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,7 @@ def resolve_runs(
             # A run of another experiment may have this digest under another name.
             folder, *_ = *sorted(out.glob(f"*-{digest}")), out / f"{slug}-seed{seed}-{digest}"
             arguments += ["--save", str(folder)]
+            config = replace(config, save=str(folder))
             parents = [run for run in (start, teacher) if run]
             runs[name, seed] = Run(name, seed, own["step"], config, arguments, folder, parents)
     return list(runs.values())

@@ -21,7 +21,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from utils.data.decode import CroppedImage, nvimagecodec, undecodable, whole_image
 from utils.data.image_folder import open_image_folder
 from utils.data.shapes import write_shapes
-from utils.data.transforms import TrainTransform, ValTransform, normalize_batch
+from utils.data.transforms import TrainTransform, ValTransform, bytes_of, normalize_batch
 from utils.run.command_line import printable
 from utils.run.config import Config
 from utils.run.distributed import DistEnv, local_rank0_first
@@ -76,6 +76,22 @@ class SeededDataset(Dataset):
                     raise
                 self._count_unreadable(index, error)
             index = (index + 1) % len(self)
+
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """All images as they were read, (n, 3, side, side) bytes, and their labels (n,).
+
+        Raises:
+            UserError: they are not all squares of one size.
+        """
+        images = [bytes_of(self._read(index)[0]) for index in self.chosen]
+        shapes = {image.shape for image in images}
+        if len(shapes) > 1 or images[0].shape[0] != images[0].shape[1]:
+            raise UserError(
+                "cache_images needs square images of one size, and these are of"
+                f" {len(shapes)} sizes, {tuple(images[0].shape[:2])} for one: set it to false"
+            )
+        labels = torch.tensor([self.images.targets[index] for index in self.chosen])
+        return torch.stack(images).permute(0, 3, 1, 2).contiguous(), labels
 
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Images of epoch 0 as the network takes them, (n, 3, S, S), and their labels (n,)."""
@@ -160,12 +176,17 @@ def _open_split(config: Config, dist: DistEnv, train: bool) -> ImageFolder | CIF
                 f" train/<class>/ and {config.val_dir}/<class>/, or --data shapes for the built-in"
                 " images"
             )
-        reader = _reader(config.decoder) if train else whole_image
-        return open_image_folder(root, functools.cache(reader) if config.cache_images else reader)
+        return open_image_folder(root, _reader(config, train))
 
 
-def _reader(decoder: str) -> Callable[[str], Image.Image | CroppedImage]:
-    if decoder == "pil":
+# Runs that one process trains one after the other decode once.
+_cached_image = functools.cache(whole_image)
+
+
+def _reader(config: Config, train: bool) -> Callable[[str], Image.Image | CroppedImage]:
+    if config.cache_images:
+        return _cached_image
+    if config.decoder == "pil" or not train:
         return whole_image
     nvimagecodec()  # so that a missing package is reported before training
     return CroppedImage

@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -62,6 +63,8 @@ def train_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefe
             f"{len(images)} training images are fewer than the {dist.world_size} processes that"
             " share them: start fewer processes"
         )
+    if config.cache_images:
+        return CachedLoader(images, sampler, 0, dist.device)
     check_workers(config, config.batch_size // dist.world_size)
     return PrefetchLoader(images, sampler, config.workers, dist.device)
 
@@ -73,6 +76,8 @@ def val_loader(images: SeededDataset, config: Config, dist: DistEnv) -> "Prefetc
         UserError: too little shared memory.
     """
     batches = val_batches(len(images), config.batch_size, dist.rank, dist.world_size)
+    if config.cache_images:
+        return KeptBatches(images, batches, 0, dist.device)
     check_workers(config, config.batch_size)
     return PrefetchLoader(images, batches, config.workers, dist.device)
 
@@ -220,6 +225,44 @@ class PrefetchLoader:
             yield from self.loader
         except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
             raise worker_lost(error) from error
+
+
+class CachedLoader(PrefetchLoader):
+    """Training batches of a small data set that lies decoded on the device, and is cropped there.
+
+    An image's augmentation is a function of (seed, epoch, index) as well, but another one.
+    """
+
+    def __post_init__(self):
+        self.pixels, self.labels = (part.to(self.device) for part in self.dataset.decoded())
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        count, transform = len(self.dataset), self.dataset.transform
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(
+                mixed_seed(self.dataset.seed, self.sampler.epoch, count)
+            )
+            draws = [part.to(self.device) for part in transform.draw(count, self.pixels.shape[2])]
+        batches = [[index for _, index in keys] for keys in self.sampler]
+        order = torch.tensor(list(chain.from_iterable(batches)), device=self.device)
+        for chosen in order.split(list(map(len, batches))):
+            parts = (part[chosen] for part in (self.pixels, *draws))
+            yield transform.crop_batch(*parts), self.labels[chosen]
+
+
+class KeptBatches(PrefetchLoader):
+    """Validation batches of a small data set, which stay on the device after the first pass."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.kept = self.kept or list(super().__iter__())
+        return iter(self.kept)
 
 
 def worker_init(worker: int) -> None:

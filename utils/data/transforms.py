@@ -2,10 +2,11 @@
 
 Loading ends with bytes, a pixel's three side by side as in Pillow.  `normalize_batch` makes colour
 planes, colour noise and normalisation of whole batches, with the very numbers that the released
-order of transforms gives.
+order of transforms gives.  A small data set may lie on the device whole, and be cropped there as well.
 """
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -49,6 +50,34 @@ class TrainTransform:
         top, left, rows, columns = self.crop.get_params(shape, self.crop.scale, self.crop.ratio)
         return left, top, left + columns, top + rows
 
+    def draw(self, count: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for `count` images of side x side pixels at once, other draws of one distribution.
+
+        Returns:
+            crops (n, 4), each top, left, rows and columns, flips (n,), channel shifts (n, 3).
+        """
+        attempts = 10, count  # as in torchvision
+        area = side**2 * torch.empty(attempts).uniform_(*self.crop.scale)
+        ratio = torch.empty(attempts).uniform_(*map(math.log, self.crop.ratio)).exp()
+        sizes = torch.stack([area / ratio, area * ratio]).sqrt().round()  # rows, columns
+        fits = ((sizes > 0) & (sizes <= side)).all(0)
+        first = fits.int().argmax(0)
+        sizes = sizes[:, first, torch.arange(count)].where(fits.any(0), side)
+        starts = (torch.rand(2, count) * (side - sizes + 1)).floor()
+        return torch.cat([starts, sizes]).T, torch.rand(count) < 0.5, self.lighting(count)
+
+    def crop_batch(self, pixels: Tensor, crops: Tensor, flips: Tensor, shifts: Tensor) -> Tensor:
+        """Bytes (n, 3, side, side) and what `draw` gives -> normalised floats (n, 3, size, size).
+
+        Antialiased bilinear as Pillow's, columns first, each pass rounded; a byte may differ by 1.
+        """
+        top, left, rows, columns = crops.T
+        down = _resize_weights(top, rows, pixels.shape[2], self.size)
+        across = _resize_weights(left, columns, pixels.shape[3], self.size)
+        across = torch.where(flips[:, None, None], across.flip(1), across)
+        narrowed = (pixels.float() @ across.mT[:, None] + 0.5).floor_()  # (n, 3, side, size)
+        return normalize((down[:, None] @ narrowed + 0.5).floor_(), shifts)
+
 
 class ValTransform:
     """Resize the shorter side, crop the centre: PIL image -> as `TrainTransform`, without noise.
@@ -67,11 +96,33 @@ class ValTransform:
 
 def normalize_batch(pixels: Tensor, shifts: Tensor) -> Tensor:
     """Bytes (n, S, S, 3) and channel shifts (n, 3) -> normalised floats (n, 3, S, S)."""
-    pixels = pixels.permute(0, 3, 1, 2).contiguous()
+    return normalize(pixels.permute(0, 3, 1, 2).contiguous(), shifts)
+
+
+def normalize(pixels: Tensor, shifts: Tensor) -> Tensor:
+    """Values 0 to 255, (n, 3, S, S), and channel shifts (n, 3) -> normalised floats."""
     if shifts.is_cuda or shifts.any():
         pixels = (pixels.to(torch.int16) + shifts[:, :, None, None]).clamp_(0, 255)
     mean, std = _mean_and_std(pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)
+
+
+def _resize_weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
+    """What each of `size` pixels takes of each of `side`, (n, size, side), to resize a part of them.
+
+    A triangle around the pixel's centre, as wide as a step or a pixel of the part.
+
+    Args:
+        start, length: (n,) of the part.
+    """
+    step = (length / size)[:, None, None]
+    place = torch.arange(max(side, size), device=start.device) + 0.5
+    centres = start[:, None, None] + place[:size, None] * step  # (n, size, 1)
+    weights = (1 - (place[:side] - centres).abs() / step.clamp(min=1)).clamp_(min=0)
+    end = start + length
+    inside = (place[:side] > start[:, None]) & (place[:side] < end[:, None])  # (n, side)
+    weights = weights * inside[:, None]
+    return weights / weights.sum(2, keepdim=True)
 
 
 @functools.cache  # so that no batch waits for a GPU
@@ -103,15 +154,15 @@ class Lighting:
         self.std = std
         self.scale = scale
 
-    def __call__(self) -> torch.Tensor:
-        """(3,) int16."""
-        alpha = torch.randn(3, dtype=torch.float64) * self.std
-        increment = self.scale * (self.EIGENVECTORS @ (alpha * self.EIGENVALUES))
-        return increment.floor().to(torch.int16)
+    def __call__(self, *count: int) -> torch.Tensor:
+        """(3,) int16; with a count (n, 3)."""
+        alpha = torch.randn(*count, 3, dtype=torch.float64) * self.std
+        weights = (alpha * self.EIGENVALUES)[..., None, :]
+        return (self.scale * (self.EIGENVECTORS * weights).sum(-1)).floor().to(torch.int16)
 
 
-def no_lighting() -> torch.Tensor:
-    return torch.zeros(3, dtype=torch.int16)
+def no_lighting(*count: int) -> torch.Tensor:
+    return torch.zeros(*count, 3, dtype=torch.int16)
 
 
 LIGHTING = {"released": Lighting(scale=1.0), "textbook": Lighting(scale=255.0), "none": no_lighting}

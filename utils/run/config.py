@@ -118,9 +118,9 @@ class Config:
         "of crops; torch is faster, a byte may differ by 2", "pil", choices=RESIZE
     )
     cache_images: bool = _option(
-        "each loading process keeps decoded images in memory: for small data sets",
+        "a small data set lies decoded on the device and is cropped there, whole batches at once: of"
+        " square images of one size; other random draws, a byte may differ by 1",
         False,
-        place=True,
     )
     precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
     compile: bool = _option("torch.compile the network and its teacher", False)
