@@ -27,6 +27,7 @@ from utils.run.config import parse_config
 from utils.run.distributed import DistEnv
 from utils.run.errors import UserError
 
+cached_or_not = pytest.mark.parametrize("cached", [False, True])
 LIGHTING_SCALES = {"released": 1.0, "textbook": 255.0}
 
 
@@ -104,15 +105,64 @@ def test_order_and_augmentation_do_not_depend_on_the_number_of_workers(config):
         assert torch.equal(images, other_images) and torch.equal(labels, other_labels)
 
 
-def test_images_kept_in_memory_are_read_once_and_give_the_same_batches(config, own_images):
-    config = replace(config, data=str(own_images), workers=0)
-    expected = batches_of(config, 0, epoch=1)
-    loader, _ = build_loaders(replace(config, cache_images=True), dist_env())
-    list(loader)
-    shutil.rmtree(own_images)
+@pytest.mark.parametrize("size", [16, 32, 48])
+def test_crops_of_whole_batches_are_pillows(config, size):
+    transform = TrainTransform(
+        replace(config, image_size=size, val_resize=size, lighting="textbook")
+    )
+    pixels = torch.randint(256, (100, 32, 32, 3), dtype=torch.uint8)
+    crops, flips, shifts = transform.draw(100, 32)
+    ours = transform.crop_batch(pixels.permute(0, 3, 1, 2), crops, flips, shifts)
+    singly = []
+    for image, flip, crop in zip(pixels.numpy(), flips, crops.int().tolist(), strict=True):
+        top, left, rows, columns = crop
+        box = left, top, left + columns, top + rows
+        single = transform.resize(Image.fromarray(image).crop(box), size)
+        singly.append(single.flip(1) if flip else single)
+    difference = ours - normalize_batch(torch.stack(singly), shifts)
+    bytes_apart = (difference * 255 * torch.tensor(IMAGENET_STD)[:, None, None]).abs()
+    assert bytes_apart.max() < (0.01 if size == 32 else 2.01)
+    assert (bytes_apart > 0.01).float().mean() < 0.05
+
+
+def test_crops_drawn_at_once_have_the_distribution_of_single_ones(config):
+    transform = TrainTransform(replace(config, crop_scale=0.08))
+    torch.manual_seed(0)
+    crops, flips, _ = transform.draw(10_000, 32)
+    left, top, right, bottom = torch.tensor([transform.box((32, 32)) for _ in range(10_000)]).T
+    singly = torch.stack([top, left, bottom - top, right - left], 1).float()
+    for moment in (torch.mean, torch.std):
+        assert torch.allclose(moment(crops, 0), moment(singly, 0), atol=0.25)
+    assert (crops[:, :2] + crops[:, 2:]).max() == 32 and crops[:, 2:].min() >= 1
+    assert abs(flips.float().mean() - 0.5) < 0.02
+
+
+def test_a_cached_data_set_is_read_once_and_cropped_anew_in_each_epoch(config, own_images):
+    config = replace(config, data=str(own_images), crop_scale=0.5, workers=0)
+    (plain, plain_val), (loader, val) = (
+        build_loaders(replace(config, cache_images=cached), dist_env()) for cached in (False, True)
+    )
+    labels = [labels.tolist() for _, labels in plain]
+    kept = list(plain_val)
+    first, *_ = list(loader)
+    for _ in range(2):
+        for (images, _), (expected, _) in zip(val, kept, strict=True):
+            assert torch.equal(images, expected)
+        shutil.rmtree(own_images, ignore_errors=True)
+    assert [labels.tolist() for _, labels in loader] == labels
     loader.set_epoch(1)
-    for (images, _), (cached_images, _) in zip(expected, loader, strict=True):
-        assert torch.equal(images, cached_images)
+    index = loader.image_indices(0)[0]
+    images = torch.cat([images for images, _ in loader])
+    assert not any(torch.equal(image, images[0]) for image in first[0])
+    assert torch.equal(loader.dataset.decoded()[0][index], loader.pixels[index])
+
+
+def test_a_cached_data_set_of_several_sizes_is_refused(config, own_images):
+    config = replace(config, data=str(own_images), cache_images=True)
+    path = next(own_images.glob("train/*/*.png"))
+    Image.open(path).resize((40, 40)).save(path)
+    with pytest.raises(UserError, match="needs square images of one size, and these are of 2"):
+        build_loaders(config, dist_env())
 
 
 def test_order_is_drawn_from_seed_and_epoch():
@@ -125,7 +175,9 @@ def test_order_is_drawn_from_seed_and_epoch():
     assert order(0, 0) != order(1, 0) and order(0, 0) != order(0, 1)
 
 
-def test_loading_leaves_the_training_generator_alone(config):
+@cached_or_not
+def test_loading_leaves_the_training_generator_alone(config, cached):
+    config = replace(config, cache_images=cached)
     torch.manual_seed(5)
     batches_of(config, 0, epoch=0)
     after = torch.rand(1)
@@ -133,7 +185,9 @@ def test_loading_leaves_the_training_generator_alone(config):
     assert torch.equal(after, torch.rand(1))
 
 
-def test_two_processes_together_load_the_batches_of_one(config):
+@cached_or_not
+def test_two_processes_together_load_the_batches_of_one(config, cached):
+    config = replace(config, cache_images=cached)
     whole = batches_of(config, 0, epoch=1)
     shares = [batches_of(config, 0, 1, rank, world_size=2) for rank in (0, 1)]
     for (images, labels), *parts in zip(whole, *shares, strict=True):
@@ -233,7 +287,9 @@ def test_fewer_images_than_processes_are_refused(config):
         build_loaders(config, dist_env(world_size=4))
 
 
-def test_a_position_in_an_epoch_gives_the_batches_from_there_on(config):
+@cached_or_not
+def test_a_position_in_an_epoch_gives_the_batches_from_there_on(config, cached):
+    config = replace(config, cache_images=cached)
     whole = batches_of(config, 0, epoch=2)
     loader, _ = build_loaders(config, dist_env())
     loader.set_epoch(2, start_batch=1)

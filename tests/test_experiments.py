@@ -1,6 +1,10 @@
 """Experiments: their files, the runner, the drawings, and what goes wrong with them."""
 
 import json
+import os
+import signal
+import time
+from multiprocessing import Pipe
 
 import pytest
 from conftest import TINY, command_line
@@ -17,6 +21,7 @@ from scripts.experiments.spec import (
     resolve_runs,
 )
 from scripts.experiments.table import read_table
+from scripts.experiments.workers import Worker
 from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint
 from utils.run.errors import UserError
 
@@ -159,22 +164,16 @@ def trained(monkeypatch) -> list[str]:
     """Names of the runs whose training was started, each of which ends at once."""
     names = []
 
-    class Training:
-        def __init__(self, run, lock, job, jobs):
-            self.run, self.lock = run, lock
+    class EndsAtOnce(Worker):
+        def start(self, run, lock) -> None:
             names.append(run.name)
+            self.run, self.lock = run, lock
+            self.connection, end = Pipe()
+            if run.name != "bad":
+                finish(run)
+            end.send("bad stopped" if run.name == "bad" else "")
 
-        def has_ended(self) -> bool:
-            return True
-
-        def close(self) -> str:
-            self.lock.release()
-            if self.run.name == "bad":
-                return "bad stopped"
-            finish(self.run)
-            return ""
-
-    monkeypatch.setattr(runner, "Training", Training)
+    monkeypatch.setattr(runner, "Worker", EndsAtOnce)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0)
     return names
 
@@ -221,10 +220,36 @@ def test_a_run_that_stops_takes_only_its_descendants_along(options, tmp_path, tr
     }
     experiment = Experiment(title="", measure="results", runs=family)
     runs = with_folders(experiment, options, tmp_path)
-    assert runner.train_missing(runs, jobs) == ["bad stopped"]
+    problems = ["run 'bad', seed 0, stopped: bad stopped"]
+    assert runner.train_missing(runs, jobs) == problems
     assert trained == ["bad", "good", "other"]
-    assert runner.train_missing(runs, jobs) == ["bad stopped"]
+    assert runner.train_missing(runs, jobs) == problems
     assert trained[3:] == ["bad"]
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGTERM]])
+def test_a_worker_survives_a_lost_process_and_saves_a_run_that_is_to_stop(
+    options, tmp_path, signals
+):
+    family = {"long": {"step": 1}, "short": {"step": 1, "width": 0.25}}
+    experiment = Experiment(title="", measure="results", runs=family)
+    long, short = with_folders(experiment, [*options, "--epochs", "500"], tmp_path)
+    worker = Worker(0, of=2)
+    worker.start(long, FileLock(long.folder / runner.LOCK))
+    while not long.records():
+        time.sleep(0.01)
+    os.kill(worker.process.pid, *signals)
+    reason = "process ended with code -9" if signals == [signal.SIGKILL] else "after"
+    assert reason in worker.result()
+    done = len(long.records())
+    worker.start(short, FileLock(short.folder / runner.LOCK))
+    while not short.records():
+        time.sleep(0.01)
+    worker.interrupt()
+    worker.close()
+    assert not worker.process.is_alive()
+    iterations = read_checkpoint(short.folder / NEWEST).content["unfinished"]["iteration"]
+    assert len(long.records()) == done < 500 and iterations > 0
 
 
 def test_progress_tells_the_hours_left_from_the_epochs_recorded(options, tmp_path):

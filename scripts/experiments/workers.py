@@ -1,9 +1,10 @@
 """Processes that train runs, one run after another.
 
-What a process has set up once, torch, the GPU, compiled code, a small data set, serves all its runs.
+What a process has set up once serves all its runs: torch, a GPU, compiled code, a cached data set.
 """
 
 import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -94,11 +95,8 @@ def serve(connection: Connection, number: int, of: int) -> None:
 
 
 def train(run: Run) -> None:
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        run_session(run.config) as dist,
-    ):
+    silence = contextlib.redirect_stdout(io.StringIO())
+    with silence, run_session(run.config) as dist:
         TRAIN[run.step](run.config, dist)
 
 

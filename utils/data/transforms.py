@@ -2,7 +2,7 @@
 
 Loading ends with bytes, a pixel's three side by side as in Pillow.  `normalize_batch` makes colour
 planes, colour noise and normalisation of whole batches, with the very numbers that the released
-order of transforms gives.  A small data set may lie on the device whole, and be cropped there as well.
+order of transforms gives.  `crop_batch` crops there as well, for a small data set that lies there.
 """
 
 import functools
@@ -51,7 +51,7 @@ class TrainTransform:
         return left, top, left + columns, top + rows
 
     def draw(self, count: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same for `count` images of side x side pixels at once, other draws of one distribution.
+        """What a call draws, for `count` images of side x side pixels at once; other draws.
 
         Returns:
             crops (n, 4), each top, left, rows and columns, flips (n,), channel shifts (n, 3).
@@ -69,7 +69,7 @@ class TrainTransform:
     def crop_batch(self, pixels: Tensor, crops: Tensor, flips: Tensor, shifts: Tensor) -> Tensor:
         """Bytes (n, 3, side, side) and what `draw` gives -> normalised floats (n, 3, size, size).
 
-        Antialiased bilinear as Pillow's, columns first, each pass rounded; a byte may differ by 1.
+        Antialiased bilinear as Pillow's, columns first, each pass rounded; a byte may differ by 2.
         """
         top, left, rows, columns = crops.T
         down = _resize_weights(top, rows, pixels.shape[2], self.size)
@@ -108,12 +108,10 @@ def normalize(pixels: Tensor, shifts: Tensor) -> Tensor:
 
 
 def _resize_weights(start: Tensor, length: Tensor, side: int, size: int) -> Tensor:
-    """What each of `size` pixels takes of each of `side`, (n, size, side), to resize a part of them.
+    """How much of each of `side` pixels goes into each of `size`, (n, size, side).
 
-    A triangle around the pixel's centre, as wide as a step or a pixel of the part.
-
-    Args:
-        start, length: (n,) of the part.
+    A triangle around its centre in the part resized, which begins at `start` (n,) and is `length`
+    (n,) long, and as wide as a step or a pixel there.
     """
     step = (length / size)[:, None, None]
     place = torch.arange(max(side, size), device=start.device) + 0.5

@@ -118,8 +118,8 @@ class Config:
         "of crops; torch is faster, a byte may differ by 2", "pil", choices=RESIZE
     )
     cache_images: bool = _option(
-        "a small data set lies decoded on the device and is cropped there, whole batches at once: of"
-        " square images of one size; other random draws, a byte may differ by 1",
+        "keep a small data set of square images of one size on the device, and crop whole batches"
+        " there: other random draws, a byte may differ by 2",
         False,
     )
     precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
