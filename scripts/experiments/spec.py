@@ -154,7 +154,7 @@ def resolve_runs(
             defaults = ROOT / f"step{own['step']}" / "config.yaml"
             config = parse_config(defaults, arguments)
             if "length" in own:
-                arguments += ["--epochs", str(config.epochs * own["length"])]
+                arguments += ["--epochs", str(round(config.epochs * own["length"]))]
                 config = parse_config(defaults, arguments)
             digest = _digest(config, own["step"], start, teacher)
             slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
