@@ -142,9 +142,11 @@ def _batch_norm(x: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor, bias
     with torch.no_grad():
         shares = zip(norms, mean.chunk(len(norms)), var.chunk(len(norms)), strict=True)
         for norm, batch_mean, batch_var in shares:
-            norm.running_mean.mul_(1 - norm.momentum).add_(batch_mean, alpha=norm.momentum)
-            norm.running_var.mul_(1 - norm.momentum).add_(batch_var, alpha=norm.momentum)
             norm.num_batches_tracked.add_(1)
+            # Without a momentum, as in `update_bn`, the mean over all batches.
+            momentum = norm.momentum or 1 / norm.num_batches_tracked
+            norm.running_mean.mul_(1 - momentum).add_(batch_mean * momentum)
+            norm.running_var.mul_(1 - momentum).add_(batch_var * momentum)
     return y
 
 

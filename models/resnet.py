@@ -82,7 +82,8 @@ class LearnedScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W)
         if x.shape[-2:] != (self.row.numel(), self.column.numel()):
-            return x * self.channel
+            # Every parameter has a gradient, which processes that train together wait for.
+            return x * (self.channel + 0 * (self.row.sum() + self.column.sum()))
         return x * (self.channel * self.row * self.column)
 
 

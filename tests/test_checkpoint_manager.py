@@ -288,7 +288,11 @@ def test_a_last_checkpoint_that_cannot_be_written_is_an_error(run_step, tmp_path
     assert "finished" in result.out
 
 
-def test_what_is_not_finite_stops_before_the_weights_and_names_the_images(run_step, tmp_path):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_not_finite_stops_before_weights_and_checkpoint_and_names_the_images(
+    run_step, tmp_path, monkeypatch, ahead
+):
+    monkeypatch.setattr(engine, "runs_ahead", lambda device, optimizer: ahead)
     result = run_step(1, learning_rate=1e30, checkpoint_minutes=0, epochs=3)
     result.assert_one_sentence("at epoch 0, iteration 1, images ", "learning_rate")
     named = result.err.split("images ")[1].split(";")[0].split(", ")
@@ -352,7 +356,7 @@ def test_no_iteration_asks_the_device_for_a_value(monkeypatch):
             torch.Tensor, name, lambda x, method=method: asked.append(x.shape) or method(x)
         )
     monkeypatch.setattr(engine, "runs_ahead", lambda device, optimizer: True)
-    monkeypatch.setattr(engine.FiniteGuard, "settle", lambda guard, wait=False: None)
+    monkeypatch.setattr(engine.FiniteGuard, "settle", lambda guard: None)
     model = build_model("reactnet_a", 3, width=1 / 16, small_images=True)
     images, labels = torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.long)
     recorder, config = Recorder(asked.copy), config_with()

@@ -5,13 +5,15 @@ import os
 import signal
 import time
 from multiprocessing import Pipe
+from unittest.mock import Mock
 
 import pytest
-from conftest import TINY, command_line
+import torch
+from conftest import TINY, command_line, dist_env
 from filelock import FileLock
 
 import scripts.experiments.__main__ as runner
-from scripts.experiments.measures import MEASURES
+from scripts.experiments.measures import MEASURES, next_step
 from scripts.experiments.plots import DRAWINGS
 from scripts.experiments.spec import (
     SCALES,
@@ -21,7 +23,7 @@ from scripts.experiments.spec import (
     resolve_runs,
 )
 from scripts.experiments.table import read_table
-from scripts.experiments.workers import Worker
+from scripts.experiments.workers import Worker, train
 from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint
 from utils.run.errors import UserError
 
@@ -115,6 +117,21 @@ def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experimen
     assert {path: path.read_text() for path in tmp_path.glob("runs/*/log.txt")} == logs
 
 
+def test_the_next_step_is_that_of_the_run_in_its_memory_layout(options, tmp_path):
+    runs = {
+        f"fused {fused}": {"step": 2, "optimizer_options": {"fused": fused}} for fused in (0, 1)
+    }
+    experiment = Experiment(title="", measure="kernels", runs=runs)
+    layout = ["--channels_last", "true", "--width", "0.125", "--learning_rate", "1e-2"]
+    steps = []
+    for run in resolve_runs(experiment, "quick", [0], tmp_path, [*options, *layout]):
+        train(run)
+        before, after, _ = next_step(run, dist_env())
+        steps.append({name: after[name] - before[name] for name in before})
+    for name, plain in steps[0].items():
+        torch.testing.assert_close(steps[1][name], plain, rtol=1e-3, atol=1e-5)
+
+
 def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(experiment, tmp_path):
     result = experiment("fig6")
     assert result.code == 0, result.err
@@ -167,7 +184,7 @@ def trained(monkeypatch) -> list[str]:
     class EndsAtOnce(Worker):
         def start(self, run, lock) -> None:
             names.append(run.name)
-            self.run, self.lock = run, lock
+            self.run, self.lock, self.process = run, lock, Mock()
             self.connection, end = Pipe()
             if run.name != "bad":
                 finish(run)

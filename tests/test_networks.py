@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import config_with, narrow
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from models import MODELS, build_model
 from models.bcdnet import BinaryMLPBlock, CyclicShift
@@ -88,8 +89,10 @@ def test_layout_is_the_released_one_for_every_combination_of_flags(name, activat
 
 @pytest.mark.parametrize(("activations", "weights"), FLAGS)
 @pytest.mark.parametrize("ste", ACTIVATION_STES)
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_receives_a_gradient(name, activations, weights, ste):
+@pytest.mark.parametrize(
+    ("name", "size"), [*((name, 32) for name in MODELS), ("real_to_binary_r18", 48)]
+)
+def test_every_parameter_receives_a_gradient(name, size, activations, weights, ste):
     torch.manual_seed(0)
     model = build_model(
         name,
@@ -101,12 +104,25 @@ def test_every_parameter_receives_a_gradient(name, activations, weights, ste):
         activation_ste=ste,
         latent_init="symmetric",
     )
-    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    model(torch.randn(4, 3, size, size)).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())
     # Without Sign a shift is only a constant, which the next BN takes out again.
     needless = () if activations else ("move11.bias", "move21.bias", "move0.bias")
+    needless += ("scale.row", "scale.column") if size != 32 else ()
     assert not [n for n, g in gradients.items() if not g.any() and not n.endswith(needless)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bn_can_be_recalibrated_to_the_mean_over_batches(name):
+    torch.manual_seed(0)
+    model = build_model(name, num_classes=4, width=narrow(name, 0.125), small_images=True)
+    update_bn([torch.randn(8, 3, 32, 32) for _ in range(2)], model)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(norm.num_batches_tracked == 2 and norm.momentum == 0.1 for norm in norms)
+    images = torch.randn(8, 3, 32, 32)
+    update_bn([images], model)
+    torch.testing.assert_close(model.eval()(images), model.train()(images), rtol=0.1, atol=0.2)
 
 
 @pytest.mark.parametrize(("activations", "weights"), FLAGS)

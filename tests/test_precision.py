@@ -48,6 +48,14 @@ def test_bfloat16_sums_of_signs_are_exact_and_only_the_output_is_rounded(device)
     torch.testing.assert_close(rounded.double(), exact, rtol=2**-8, atol=1e-6)
 
 
+def test_float32_sums_of_signs_are_whole_numbers(device):
+    torch.manual_seed(0)
+    conv = BinaryConv2d(64, 64, 3, padding=1, bias=False, latent_init="symmetric").to(device)
+    conv.weight.data.sign_()  # of scale 1
+    y = conv(torch.where(torch.randn(8, 64, 14, 14) < 0, -1.0, 1.0).to(device))
+    assert torch.equal(y, y.round()) and (y == 0).any()
+
+
 @pytest.mark.parametrize("low", ["bfloat16", "bfloat16_residual"])
 def test_bfloat16_gradients_point_where_float32_gradients_do(low, device):
     images, _ = batch(32, device=device)

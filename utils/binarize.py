@@ -100,6 +100,8 @@ class BinaryConvolution(torch.autograd.Function):
         x = x.to(dtype)
         ctx.save_for_backward(x, w)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
+        if y.is_cuda and dtype == torch.float32:
+            y = y.round()  # some of cuDNN's algorithms, such as Winograd's, round on their way
         y = torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y))
         return to_dtype(y, dtype)
 

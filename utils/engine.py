@@ -1,7 +1,6 @@
 """What happens to a batch: one epoch of training, one pass of evaluation."""
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 
 import torch
@@ -15,7 +14,7 @@ from utils.losses import at_least_float32, batch_loss
 from utils.metrics import Meter
 from utils.precision import autocast
 from utils.run.distributed import all_reduce_sum, gradient_sync, share_weight
-from utils.run.errors import NonFiniteError, Preempted
+from utils.run.errors import NonFiniteError
 from utils.run.state import TrainState
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -49,7 +48,8 @@ def train_one_epoch(
             # A loss, a mean, times len(y) is the sum over a part of the batch; times `weight`, and
             # added up over parts and processes, this becomes the mean over the whole batch.
             weight = share_weight(len(labels), images.device) / len(labels)
-            chunks = images.chunk(config.accumulate), labels.chunk(config.accumulate)
+            parts = min(config.accumulate, len(labels))
+            chunks = images.tensor_split(parts), labels.tensor_split(parts)
             losses = []
             for x, y in zip(*chunks, strict=True):
                 is_last = len(losses) == len(chunks[0]) - 1
@@ -69,21 +69,22 @@ def train_one_epoch(
 class FiniteGuard:
     """Ends a run whose loss or gradient is not finite, before that update reaches the weights.
 
-    A context around the iterations of an epoch.  On a GPU nothing waits for the values: the fused
-    optimizer skips the update by itself (`found_inf`), and the error is raised some iterations
-    later, when the values have reached the CPU.
+    A context around the iterations of an epoch.  On a GPU no update waits for the values: the fused
+    optimizer skips it by itself (`found_inf`), and the error is raised one iteration later, or
+    before a checkpoint is written.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, batches: Batches, state: TrainState):
         self.model, self.optimizer, self.batches, self.state = model, optimizer, batches, state
-        self.pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+        self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+        state.before_save = self.settle
 
     def __enter__(self) -> "FiniteGuard":
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        if kind is None or issubclass(kind, Preempted):
-            self.settle(wait=True)
+        if kind is None:
+            self.settle()
 
     @torch.no_grad()
     def check(self, loss: Tensor) -> None:
@@ -94,29 +95,30 @@ class FiniteGuard:
         """
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         values = torch.stack([loss.float(), get_total_norm(gradients)])
+        self.settle()  # of the iteration before, while the device computes this one
         if runs_ahead(values.device, self.optimizer):
             self.optimizer.found_inf = values.isfinite().all().logical_not().float()
-            self.settle()
             copy = values.to("cpu", non_blocking=True), copied_event(values.device)
-            self.pending.append((self.state.iteration, *copy))
+            self.pending = self.state.iteration, *copy
         else:
-            self.pending.append((self.state.iteration, values, None))
-            self.settle(wait=True)
+            self.pending = self.state.iteration, values, None
+            self.settle()
 
-    def settle(self, wait: bool = False) -> None:
-        """Raise NonFiniteError for earlier iterations whose values are known, or wait for all."""
-        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
-            iteration, values, event = self.pending.popleft()
-            if event:
-                event.synchronize()
-            for name, value in zip(("loss", "gradient's norm"), values.tolist(), strict=True):
-                if not math.isfinite(value):
-                    images = ", ".join(map(str, self.batches.image_indices(iteration)))
-                    raise NonFiniteError(
-                        f"the {name} is {value} at epoch {self.state.epoch}, iteration {iteration},"
-                        f" images {images}; the weights were not changed by it:"
-                        " look at these images, or start again with another learning_rate"
-                    )
+    def settle(self) -> None:
+        """Wait for the values of the iteration checked last, and raise NonFiniteError for them."""
+        if self.pending is None:
+            return
+        (iteration, values, event), self.pending = self.pending, None
+        if event:
+            event.synchronize()
+        for name, value in zip(("loss", "gradient's norm"), values.tolist(), strict=True):
+            if not math.isfinite(value):
+                images = ", ".join(map(str, self.batches.image_indices(iteration)))
+                raise NonFiniteError(
+                    f"the {name} is {value} at epoch {self.state.epoch}, iteration {iteration},"
+                    f" images {images}; the weights were not changed by it:"
+                    " look at these images, or start again with another learning_rate"
+                )
 
 
 def runs_ahead(device: torch.device, optimizer: Optimizer) -> bool:

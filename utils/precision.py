@@ -44,4 +44,5 @@ def place(model: nn.Module, config, device: torch.device) -> nn.Module:
 
 def compiled(model: nn.Module, config) -> nn.Module:
     """`model` with its passes compiled by torch.compile, or itself; parameters are shared."""
-    return torch.compile(model) if config.compile else model
+    # Otherwise the last, smaller batch of an epoch would make all later ones take slower code.
+    return torch.compile(model, dynamic=False) if config.compile else model

@@ -25,6 +25,7 @@ from scripts.experiments.measures import MEASURES
 from scripts.experiments.plots import draw
 from scripts.experiments.table import write_table
 from scripts.experiments.workers import Worker
+from utils.precision import set_precision
 from utils.run.command_line import Parser, command, positive
 from utils.run.distributed import init_distributed
 from utils.run.errors import UserError
@@ -41,12 +42,16 @@ def main() -> None:
     parser.add_argument("names", nargs="+", metavar="NAME", help=names)
     parser.add_argument("--scale", choices=spec.SCALES, default="small")
     parser.add_argument("--quick", action="store_const", dest="scale", const="quick")
-    parser.add_argument("--seeds", type=positive, default=1, help="runs of each, seeds 0, 1, ...")
+    parser.add_argument(
+        "--seeds", type=positive, default=1, help="seeds of each run, or as many as its YAML allows"
+    )
     parser.add_argument("--first_seed", type=int, default=0, help="for a scan, with its own --out")
-    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, a core each")
+    parser.add_argument(
+        "--jobs", type=positive, default=1, help="runs at a time, one core and GPU each"
+    )
     parser.add_argument("--out", type=Path, help="default: scripts/out/SCALE")
     parser.add_argument("--finished", action="store_true", help="only measure what is trained")
-    parser.add_argument("--redraw", action="store_true", help="of OUT/NAME.csv, nothing measured")
+    parser.add_argument("--redraw", action="store_true", help="draw OUT/NAME.csv, nothing else")
     arguments, options = parser.parse_known_args()
     out = (arguments.out or spec.ROOT / "scripts" / "out" / arguments.scale).absolute()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
@@ -97,7 +102,8 @@ def measure(name: str, scale: str, runs: Sequence[spec.Run], table: Path) -> Non
     finished = [run for run in runs if run.is_finished()]
     if runs and not finished:
         raise UserError(f"no run of {name} is finished")
-    with init_distributed() as dist:
+    set_precision("float32")
+    with init_distributed(finished[0].config.device if finished else "auto") as dist:
         measured = MEASURES[experiment.measure](finished, experiment.settings, dist, table)
         published = ({"source": "published", **row} for row in experiment.published)
         write_table(table, [*measured, *published])
@@ -116,7 +122,7 @@ def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
     print(f"{len(waiting)} of {len(runs)} runs to train", flush=True)
     workers = [Worker(number, jobs) for number in range(jobs)]
     problems: list[str] = []
-    told, reported = None, time.monotonic()
+    waiting_for, reported = None, time.monotonic()
     try:
         while waiting or any(worker.run for worker in workers):
             for worker in workers:
@@ -127,9 +133,9 @@ def train_missing(runs: Sequence[spec.Run], jobs: int = 1) -> list[str]:
                         waiting = [other for other in waiting if not other.descends_from(run)]
                 if not worker.run:
                     start_next(waiting, worker)
-            if waiting and not any(worker.run for worker in workers) and told != waiting[0]:
-                told = waiting[0]
-                print(f"waiting for another command to train {told.folder}", flush=True)
+            if waiting and not any(worker.run for worker in workers) and waiting_for != waiting[0]:
+                waiting_for = waiting[0]
+                print(f"waiting for another command to train {waiting_for.folder}", flush=True)
             time.sleep(POLL_SECONDS)
             if time.monotonic() - reported > PROGRESS_SECONDS:
                 reported = time.monotonic()

@@ -26,6 +26,7 @@ from utils.data.loader import PrefetchLoader, train_loader
 from utils.data.transforms import ValTransform
 from utils.engine import evaluate, train_one_epoch
 from utils.optim import build_optimizer, set_learning_rate
+from utils.precision import place, set_precision
 from utils.run.distributed import DistEnv
 from utils.run.state import TrainState
 
@@ -166,8 +167,9 @@ def kernels(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
 
 def next_step(run: Run, dist: DistEnv) -> tuple[Layers, Layers, Layers]:
     """Latent weights after the first epoch, after one step more, and that step's gradients."""
+    set_precision(run.config.precision)
     loaded = load_network(epoch_checkpoint_path(run.folder, 0))
-    model = loaded.model.to(dist.device)
+    model = place(loaded.model, run.config, dist.device)  # Adam's state has its memory layout
     optimizer = build_optimizer(model, run.config)
     optimizer.load_state_dict(loaded.checkpoint.content["optimizer"])
     set_learning_rate(optimizer, 1, run.config)
@@ -177,6 +179,7 @@ def next_step(run: Run, dist: DistEnv) -> tuple[Layers, Layers, Layers]:
     after = metrics.latent_weights(model)  # the step changes them in place
     before = {name: weight.clone() for name, weight in after.items()}
     train_one_epoch(model, teacher, [next(iter(batches))], optimizer, run.config, TrainState())
+    set_precision("float32")
     return before, after, {name: model.get_submodule(name).weight.grad for name in after}
 
 

@@ -52,9 +52,11 @@ class Worker:
         """Wait for the run's end; empty if it finished, or why not."""
         try:
             reason = self.connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             self.process.join()
             reason = f"its process ended with code {self.process.exitcode}"
+        if reason:
+            self.process.join()  # it ends with a run that stops
         run, self.run = self.run, None
         self.lock.release()
         return f"run {run.name!r}, seed {run.seed}, stopped: {reason}" if reason else ""
@@ -76,11 +78,12 @@ class Worker:
 def serve(connection: Connection, number: int, of: int) -> None:
     """Train each run that comes, and send back why it stopped, if it did."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of the terminal; `interrupt` sends SIGTERM
+    gpus = torch.cuda.device_count()
     if of > 1:
-        every = ",".join(map(str, range(torch.cuda.device_count())))
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible[number % len(visible)]
         torch.set_num_threads(1)
+    if of > 1 and gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus]
     torch._dynamo.config.recompile_limit = 64  # networks of all kinds have one forward method
     while True:
         try:
@@ -88,10 +91,11 @@ def serve(connection: Connection, number: int, of: int) -> None:
         except EOFError:
             return
         try:
-            train_on_all_gpus(run) if of == 1 and torch.cuda.device_count() > 1 else train(run)
+            train_on_all_gpus(run) if of == 1 and gpus > 1 else train(run)
             connection.send("")
-        except Exception as error:
+        except Exception as error:  # after some, this process can use its GPU no more
             connection.send(one_sentence(error) or type(error).__name__)
+            return
 
 
 def train(run: Run) -> None:

@@ -174,6 +174,7 @@ class CheckpointManager:
             not self.signals.isdisjoint(SAVE_AND_LEAVE),
         )
         if save or leave:
+            state.before_save()
             # BN statistics are not gathered: DDP gives all processes rank 0's before each step.
             own = {"sums": state.meter.state_dict(), "rng": rng_state()}
             processes = gather(self.dist, own)

@@ -1,8 +1,10 @@
 """Loaders: which images make a batch, and their way to the device."""
 
+import functools
 import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -184,6 +186,8 @@ class PrefetchLoader:
             pin_memory=self.device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=worker_init,
+            # Workers share the list of files with this process, which is their parent.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             # Its own generator: the loader draws a seed for its workers, which nothing here uses.
             generator=torch.Generator(),
         )
@@ -203,7 +207,7 @@ class PrefetchLoader:
             for pixels, shifts, labels in self._batches():
                 yield normalize_batch(pixels, shifts), labels
             return
-        copying = torch.cuda.Stream(self.device)
+        copying = _copying_stream(self.device)
         computing = torch.cuda.current_stream(self.device)
         ready = None
         for batch in self._batches():
@@ -225,6 +229,11 @@ class PrefetchLoader:
             yield from self.loader
         except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
             raise worker_lost(error) from error
+
+
+@functools.cache  # memory freed on a stream serves that stream alone
+def _copying_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class CachedLoader(PrefetchLoader):

@@ -1,6 +1,6 @@
 """How far a run has come: one object, owned by `train()` of each step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,12 +15,14 @@ class TrainState:
     iteration: updates done of the epoch in progress.
     meter: loss and accuracy of this process's share of these iterations.
     hooks: called in order after each iteration and each epoch; none changes this object.
+    before_save: raises if what is to be saved is not finite.
     """
 
     meter: Meter = field(default_factory=Meter)
     history: list[dict[str, Any]] = field(default_factory=list)
     iteration: int = 0
     hooks: Sequence["Hook"] = ()
+    before_save: Callable[[], None] = lambda: None
 
     @property
     def epoch(self) -> int:
