@@ -122,14 +122,15 @@ def test_the_next_step_is_that_of_the_run_in_its_memory_layout(options, tmp_path
         f"fused {fused}": {"step": 2, "optimizer_options": {"fused": fused}} for fused in (0, 1)
     }
     experiment = Experiment(title="", measure="kernels", runs=runs)
-    layout = ["--channels_last", "true", "--width", "0.125", "--learning_rate", "1e-2"]
+    layout = ["--channels_last", "true", "--width", "0.125", "--epochs", "2"]
     steps = []
     for run in resolve_runs(experiment, "quick", [0], tmp_path, [*options, *layout]):
         train(run)
         before, after, _ = next_step(run, dist_env())
         steps.append({name: after[name] - before[name] for name in before})
     for name, plain in steps[0].items():
-        torch.testing.assert_close(steps[1][name], plain, rtol=1e-3, atol=1e-5)
+        assert plain.any()
+        torch.testing.assert_close(steps[1][name], plain, rtol=1e-2, atol=1e-4)
 
 
 def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(experiment, tmp_path):
