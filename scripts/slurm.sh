@@ -16,7 +16,7 @@ cd "$SLURM_SUBMIT_DIR"
 source .venv/bin/activate
 for step in step1 step2; do
   code=0
-  srun bash "$step/run.sh" --data "$1" || code=$?
+  srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash "$step/run.sh" --data "$1" || code=$?
   [ "$code" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"
   [ "$code" -eq 0 ] || exit "$code"
 done

@@ -1,7 +1,7 @@
 """Step 1: binary activations, real-valued weights, with weight decay, from scratch.
 
-The weights stay real-valued, so that weight decay can do what it does well, keep the optimization
-stable; step 2 then starts from what is found here and binarizes the weights as well.
+Weights are real-valued: weight decay frees them from their initialization, and there is no sign yet
+that it could flip.  Step 2 starts from what is found here and binarizes the weights as well.
 Every option below is a line of config.yaml or has a default.
 """
 

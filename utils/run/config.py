@@ -54,10 +54,17 @@ class Config:
     val_dir: str = _option("name of the validation folder inside data", "val", place=True)
     cache_dir: str = _option("where shapes and cifar10 are kept", path=True, place=True)
     workers: int | None = _option(
-        "image loading processes of each process; none for one a core", None, minimum=0, place=True
+        "loading processes of each training process; none for one per core",
+        None,
+        minimum=0,
+        place=True,
     )
-    train_per_class: int | None = _option("train on the first so many of a class", None, minimum=1)
-    val_per_class: int | None = _option("the same for validation", None, minimum=1)
+    train_per_class: int | None = _option(
+        "train on the first N images of each class", None, minimum=1
+    )
+    val_per_class: int | None = _option(
+        "validate on the first N images of each class", None, minimum=1
+    )
     skip_unreadable: int = _option(
         "training images that may be unreadable, each replaced by the next",
         0,
@@ -87,21 +94,25 @@ class Config:
     teacher_checkpoint: str | None = _option(
         "weights of the torchvision teacher, to download none", None, path=True, place=True
     )
-    label_smoothing: float = _option("of the loss on labels", 0.0, minimum=0, below=1)
+    label_smoothing: float = _option(
+        "label smoothing, without a teacher only", 0.0, minimum=0, below=1
+    )
 
     # Optimization
     epochs: int = _option("length of the run", minimum=1)
     batch_size: int = _option("global batch, divided over the processes", minimum=1)
     learning_rate: float = _option("base rate", above=0)
     latent_rate: float = _option("multiplies the learning rate of latent weights", 1.0, above=0)
-    weight_decay: float = _option("coupled L2 of the decay group")
+    weight_decay: float = _option("L2 added to the gradient of the decay group")
     optimizer: str = _option("name in torch.optim", "Adam")
-    optimizer_options: dict | None = _option("as in {momentum: 0.9}", None)  # noqa: RUF009
+    optimizer_options: dict | None = _option(
+        "further arguments of the optimizer, as in {momentum: 0.9}", None
+    )  # noqa: RUF009
     decay_group: str = _option(
         "what decays; released includes the shifts", "released", choices=DECAY_GROUPS
     )
     schedule: str = _option(
-        "of the learning rate; released is linear and runs one epoch ahead",
+        "of the learning rate; released: linear, one epoch ahead",
         "released",
         choices=SCHEDULES,
     )
@@ -109,20 +120,22 @@ class Config:
 
     # Speed
     decoder: str = _option(
-        "of training images, same pixels; nvimagecodec decodes only the crop of a JPEG",
+        "who decodes training images; nvimagecodec decodes a JPEG's crop alone, same pixels",
         "pil",
         choices=DECODERS,
         place=True,
     )
     resize: str = _option(
-        "of crops; torch is faster, a byte may differ by 2", "pil", choices=RESIZE
+        "who resizes crops; torch is faster, a byte may differ by 2", "pil", choices=RESIZE
     )
     cache_images: bool = _option(
         "keep a small data set of square images of one size on the device, and crop whole batches"
         " there: other random draws, a byte may differ by 2",
         False,
     )
-    precision: str = _option("of forward and backward passes", "float32", choices=PRECISIONS)
+    precision: str = _option(
+        "number format of forward and backward passes", "float32", choices=PRECISIONS
+    )
     compile: bool = _option("torch.compile the network and its teacher", False)
     channels_last: bool = _option("memory layout of convolutions", False)
 
@@ -131,10 +144,13 @@ class Config:
     save: str = _option("folder for checkpoints, logs and configuration", path=True, place=True)
     keep_epochs: list | None = _option("keep these epochs' checkpoints: [0, 9]", None, place=True)  # noqa: RUF009
     checkpoint_minutes: float = _option(
-        "between checkpoints within an epoch; 0 for each iteration", 15.0, minimum=0, place=True
+        "minutes between checkpoints within an epoch; 0: each iteration",
+        15.0,
+        minimum=0,
+        place=True,
     )
     seed: int = _option(
-        "of initialization, order and augmentation", 0, minimum=0, maximum=2**63 - 1
+        "random seed of initialization, order and augmentation", 0, minimum=0, maximum=2**63 - 1
     )
     live_measures: bool = _option("FF, C2I, saturation, CAM and SDAM in each epoch's record", True)
     sync_bn: bool = _option("BN statistics over all processes instead of each one's", False)
