@@ -54,17 +54,10 @@ class Config:
     val_dir: str = _option("name of the validation folder inside data", "val", place=True)
     cache_dir: str = _option("where shapes and cifar10 are kept", path=True, place=True)
     workers: int | None = _option(
-        "loading processes of each training process; none for one per core",
-        None,
-        minimum=0,
-        place=True,
+        "loading processes of each process; none: one per core", None, minimum=0, place=True
     )
-    train_per_class: int | None = _option(
-        "train on the first N images of each class", None, minimum=1
-    )
-    val_per_class: int | None = _option(
-        "validate on the first N images of each class", None, minimum=1
-    )
+    train_per_class: int | None = _option("use the first N images of a class", None, minimum=1)
+    val_per_class: int | None = _option("the same for validation", None, minimum=1)
     skip_unreadable: int = _option(
         "training images that may be unreadable, each replaced by the next",
         0,
@@ -94,9 +87,7 @@ class Config:
     teacher_checkpoint: str | None = _option(
         "weights of the torchvision teacher, to download none", None, path=True, place=True
     )
-    label_smoothing: float = _option(
-        "label smoothing, without a teacher only", 0.0, minimum=0, below=1
-    )
+    label_smoothing: float = _option("only without a teacher", 0.0, minimum=0, below=1)
 
     # Optimization
     epochs: int = _option("length of the run", minimum=1)
@@ -105,9 +96,7 @@ class Config:
     latent_rate: float = _option("multiplies the learning rate of latent weights", 1.0, above=0)
     weight_decay: float = _option("L2 added to the gradient of the decay group")
     optimizer: str = _option("name in torch.optim", "Adam")
-    optimizer_options: dict | None = _option(
-        "further arguments of the optimizer, as in {momentum: 0.9}", None
-    )  # noqa: RUF009
+    optimizer_options: dict | None = _option("its arguments: {momentum: 0.9}", None)  # noqa: RUF009
     decay_group: str = _option(
         "what decays; released includes the shifts", "released", choices=DECAY_GROUPS
     )
@@ -133,9 +122,7 @@ class Config:
         " there: other random draws, a byte may differ by 2",
         False,
     )
-    precision: str = _option(
-        "number format of forward and backward passes", "float32", choices=PRECISIONS
-    )
+    precision: str = _option("number format of both passes", "float32", choices=PRECISIONS)
     compile: bool = _option("torch.compile the network and its teacher", False)
     channels_last: bool = _option("memory layout of convolutions", False)
 
@@ -144,10 +131,7 @@ class Config:
     save: str = _option("folder for checkpoints, logs and configuration", path=True, place=True)
     keep_epochs: list | None = _option("keep these epochs' checkpoints: [0, 9]", None, place=True)  # noqa: RUF009
     checkpoint_minutes: float = _option(
-        "minutes between checkpoints within an epoch; 0: each iteration",
-        15.0,
-        minimum=0,
-        place=True,
+        "between checkpoints within an epoch; 0: each iteration", 15.0, minimum=0, place=True
     )
     seed: int = _option(
         "random seed of initialization, order and augmentation", 0, minimum=0, maximum=2**63 - 1
