@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure on the first GPU at hand; no network is needed, and nothing is installed:
 #   bash scripts/on_gpu.sh OUT [--tiny] [PART...]
-# Parts: tests speed profile workers training, or the beginning of a name, as in speed-256.
+# Parts: tests speed workers training, or the beginning of a name, as in speed-256.
 # Each ends within 8 minutes. What is done (OUT/NAME.done) is not run again, and a training that was
 # cut off goes on. --tiny runs all at its smallest, also on a CPU. DATA: images to train on.
 set -uo pipefail
@@ -30,7 +30,7 @@ part() {  # NAME PACKAGE COMMAND...
   esac
 }
 
-devices=(cpu cuda) batches=(256 128 64) size=() images=() short=() profile=()
+devices=(cpu cuda) batches=(256 128 64) size=() images=() short=()
 files=(reference networks precision data distributed checkpoint_manager)
 cases=("bfloat16, compiled" "bfloat16_residual, compiled" "bfloat16" "tf32, compiled" "tf32" "float32, compiled" "float32")
 config=quickstart
@@ -41,7 +41,7 @@ if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
 fi
 if [ -n "$tiny" ]; then
   batches=(2) cases=("float32") size=(--image_size 32 --rounds 1) images=(--images 2)
-  profile=(--case float32 --batch 2 --image_size 32) files=(data)
+  files=(data)
   short=(--train_per_class 4 --val_per_class 2 --epochs 1 --batch_size 4 --width 0.0625)
 fi
 
@@ -53,7 +53,6 @@ for batch in "${batches[@]}"; do for case in "${cases[@]}"; do
   part "$name" matplotlib "$python" -m scripts.benchmarks.speed --only step evaluation --teacher \
     --batches "$batch" --cases "$case" --output "$out/$name" "${size[@]}"
 done; done
-part profile torch "$python" -m scripts.benchmarks.gpu profile "$out/profile" "${profile[@]}"
 part workers matplotlib "$python" -m scripts.benchmarks.speed --only workers --output "$out/workers" \
   "${size[@]}" "${images[@]}"
 for device in "${devices[@]}"; do for step in 1 2; do
@@ -62,6 +61,6 @@ for device in "${devices[@]}"; do for step in 1 2; do
     ${DATA:+--data "$DATA"} --teacher none --device "$device" --save "$out/training-$device-$step" \
     "${short[@]}" "${start[@]}"
 done; done
-"$python" -m scripts.benchmarks.gpu page "$out" || failed=1
+"$python" -m scripts.benchmarks.gpu "$out" || failed=1
 [ -n "$tiny" ] || cp "$out/README.md" docs/results/gpu/README.md
 exit "$failed"
