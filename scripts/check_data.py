@@ -65,7 +65,7 @@ def check(folder: Path, workers: int) -> Split:
 def is_readable(path: str) -> bool:
     try:
         whole_image(path)
-    except Exception:  # PIL raises many types for a file it cannot decode
+    except UserError:
         return False
     return True
 

@@ -15,11 +15,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from PIL import Image
 from torchvision.models import ResNet34_Weights
 
 from models.export import open_network
-from utils.data.decode import undecodable, whole_image
+from utils.data.decode import whole_image
 from utils.data.image_folder import class_names_of_network
 from utils.data.transforms import ValTransform, normalize_batch
 from utils.run.command_line import Parser, add_network_options, command
@@ -40,7 +39,7 @@ def main() -> None:
         small_images=arguments.small_images,
     )
     transform = ValTransform(network)
-    decoded = [transform(decode(path)) for path in arguments.images]
+    decoded = [transform(whole_image(path)) for path in arguments.images]
     images = [normalize_batch(pixels[None], shift[None]) for pixels, shift in decoded]
     names = class_names(arguments.classes, network.model(images[0]).shape[1])
     for path, image in zip(arguments.images, images, strict=True):
@@ -50,13 +49,6 @@ def main() -> None:
         probabilities, classes = logits[0].softmax(0).topk(min(5, len(names)))
         for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
             print(f"  {100 * probability:6.2f} %  {names[index]}")
-
-
-def decode(path: Path) -> Image.Image:
-    try:
-        return whole_image(path)
-    except Exception as error:  # PIL raises many types for a file it cannot decode
-        raise undecodable(path, error) from error
 
 
 def class_names(folder: Path | None, count: int) -> list[str]:

@@ -1,13 +1,9 @@
 """Image folders that are looked through before training, and images that cannot be read in it."""
 
-import os
-
 import pytest
 from conftest import CLASSES, TRAIN, VAL
 
 from utils.checkpoint.checkpoint import NEWEST
-from utils.data.decode import whole_image
-from utils.data.image_folder import open_image_folder
 
 
 @pytest.fixture
@@ -62,17 +58,6 @@ def test_images_without_class_folders_are_counted_and_the_command_that_sorts_the
     run_step(1, data=own_images).assert_one_sentence(*words)
     result = check()
     assert result.code == 2 and all(word in result.err.splitlines()[-1] for word in words)
-
-
-def test_a_pipe_named_as_an_image_is_left_out_with_a_warning(check, run_step, own_images):
-    pipe = own_images / "train" / "star" / "pipe.jpg"
-    os.mkfifo(pipe)
-    listed = open_image_folder(own_images / "train", whole_image)
-    assert len(listed) == len(CLASSES) * TRAIN  # before anything would read the pipe forever
-    for result in (check(), run_step(1, epochs=1, data=own_images)):
-        assert result.code == 0, result.err
-        assert f"warning: {pipe} is left out" in result.err
-    assert cells(check().out)["images"][0] == str(len(CLASSES) * TRAIN)
 
 
 def test_a_missing_folder_is_one_sentence(run_script, tmp_path):

@@ -1,7 +1,4 @@
-"""The page of what `scripts/on_gpu.sh` measured.
-
-    python -m scripts.benchmarks.gpu OUT     writes OUT/README.md of what is in OUT
-"""
+"""OUT/README.md, the page of what `scripts/on_gpu.sh` measured into OUT."""
 
 import json
 from pathlib import Path

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from utils.data.decode import CroppedImage, nvimagecodec, undecodable, whole_image
+from utils.data.decode import CroppedImage, nvimagecodec, whole_image
 from utils.data.image_folder import open_image_folder
 from utils.data.shapes import write_shapes
 from utils.data.transforms import TrainTransform, ValTransform, bytes_of, normalize_batch
@@ -66,7 +66,7 @@ class SeededDataset(Dataset):
         seed = mixed_seed(self.seed, epoch, index)
         while True:
             try:
-                image, label = self._read(self.chosen[index])
+                image, label = self.images[self.chosen[index]]
                 # Without workers this is the training process, whose generator must not move.
                 with torch.random.fork_rng(devices=[]):
                     torch.default_generator.manual_seed(seed)
@@ -83,7 +83,7 @@ class SeededDataset(Dataset):
         Raises:
             UserError: they are not all squares of one size.
         """
-        images = [bytes_of(self._read(index)[0]) for index in self.chosen]
+        images = [bytes_of(self.images[index][0]) for index in self.chosen]
         shapes = {image.shape for image in images}
         if len(shapes) > 1 or images[0].shape[0] != images[0].shape[1]:
             raise UserError(
@@ -109,13 +109,6 @@ class SeededDataset(Dataset):
             )
         warning = printable(f"warning: {error}; replaced, {count} of {self.skip}")
         print(warning, file=sys.stderr, flush=True)
-
-    def _read(self, index: int) -> tuple[Image.Image | CroppedImage, int]:
-        try:
-            return self.images[index]
-        except Exception as error:  # PIL raises many types for a file it cannot decode
-            where = getattr(self.images, "samples", {index: (index,)})[index][0]
-            raise undecodable(where, error) from error
 
 
 def _first_of_each_class(labels: Sequence[int], count: int | None) -> Sequence[int]:

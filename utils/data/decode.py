@@ -3,9 +3,11 @@
 EXIF orientations are ignored and all else is converted to RGB, as in the released code.
 """
 
+import contextlib
 import functools
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,8 +25,12 @@ _NARROWEST = 16
 
 
 def whole_image(path: str | Path) -> Image.Image:
-    """An image file, decoded, as RGB."""
-    with Path(path).open("rb") as file:
+    """An image file, decoded, as RGB.
+
+    Raises:
+        UserError: it cannot be decoded.
+    """
+    with _decoding(path), Path(path).open("rb") as file:
         image = Image.open(file)
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -34,13 +40,14 @@ class CroppedImage:
     """An image file of which only the header is decoded, until `crop` tells what else is needed.
 
     Raises:
-        Exception: one of Pillow's many, for a file that is no image.
+        UserError: it is no image.
     """
 
     def __init__(self, path: str | Path):
         self.path = path
-        self.file = Path(path).read_bytes()
-        self.image = Image.open(io.BytesIO(self.file))
+        with _decoding(path):
+            self.file = Path(path).read_bytes()
+            self.image = Image.open(io.BytesIO(self.file))
         self.size = self.image.size
 
     def crop(self, box: Box) -> np.ndarray | Image.Image:
@@ -58,10 +65,8 @@ class CroppedImage:
         return self._of_whole_image(box)
 
     def _of_whole_image(self, box: Box) -> Image.Image:
-        try:
+        with _decoding(self.path):
             return self.image.crop(box).convert("RGB")
-        except Exception as error:  # PIL raises many types for a file it cannot decode
-            raise undecodable(self.path, error) from error
 
     def _region(self, box: Box) -> np.ndarray | None:
         """None where nvImageCodec gives up; Pillow then tells whether the image can be read."""
@@ -74,8 +79,14 @@ class CroppedImage:
         return None if pixels is None else np.asarray(pixels.cpu())
 
 
-def undecodable(where: object, error: Exception) -> UserError:
-    return UserError(f"cannot decode image {where} ({type(error).__name__}): repair or remove it")
+@contextlib.contextmanager
+def _decoding(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # Pillow raises many types for a file it cannot decode
+        raise UserError(
+            f"cannot decode image {path} ({type(error).__name__}): repair or remove it"
+        ) from error
 
 
 def nvimagecodec() -> ModuleType:

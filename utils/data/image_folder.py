@@ -1,15 +1,12 @@
 """Class folders of images, as torchvision lists them: SPLIT/CLASS/any depth/IMAGE."""
 
-import functools
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 
-from utils.run.command_line import printable
 from utils.run.errors import UserError
 
 IMAGENET_CLASSES = 1_000
@@ -17,13 +14,13 @@ IMAGENET_IMAGES = {"train": 1_281_167, "val": 50_000}
 
 
 def open_image_folder(root: Path, loader: Callable, allow_empty: bool = False) -> ImageFolder:
-    """torchvision's data set of the images in `root`/<class>/; pipes and devices are left out.
+    """torchvision's data set of the images in `root`/<class>/.
 
     Raises:
         UserError: there is no class, or a class without images unless `allow_empty`.
     """
     names = class_names(root)
-    images = ImageFolder(root, loader=loader, is_valid_file=_is_image, allow_empty=True)
+    images = ImageFolder(root, loader=loader, allow_empty=True)
     empty = sorted({*range(len(names))} - {*images.targets})
     if empty and not allow_empty:
         raise UserError(
@@ -69,24 +66,3 @@ def class_names_of_network(folder: Path, outputs: int) -> list[str]:
             " pass the train/ folder of the data it was trained on"
         )
     return names
-
-
-def _is_image(path: str) -> bool:
-    folder, name = os.path.split(path)
-    if not is_image_file(name):
-        return False
-    if name in _special_files(folder):
-        warning = printable(f"warning: {path} is left out: it is no regular file")
-        print(warning, file=sys.stderr, flush=True)
-        return False
-    return True
-
-
-@functools.lru_cache(maxsize=1)
-def _special_files(folder: str) -> frozenset[str]:
-    """Pipes, sockets and devices, which would be read forever; a link to nothing is an image.
-
-    Listing a folder tells them from files, so that millions of images are not looked at one by one.
-    """
-    with os.scandir(folder) as entries:
-        return frozenset(e.name for e in entries if not e.is_file() and Path(e).exists())
