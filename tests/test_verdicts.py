@@ -1,6 +1,7 @@
 """Verdicts on the paper's claims, against cases computed by hand, and the page that shows them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,13 +48,21 @@ def test_differences_are_paired_by_seed_and_decided_by_their_interval():
     assert word(one, "equal", tolerance=0.5) == "contradicted"
 
 
+def test_a_seed_that_lacks_rows_which_another_has_is_left_out():
+    rows = table(a=[61, 62, 63], b=[60, 61, 62])
+    claim = {"column": "top1", "of": "max", "plus": {"run": ["a", "b"]}, "paper": "above"}
+    assert judge(claim, rows).values.tolist() == [61, 62, 63]
+    assert judge(claim, Table(rows[:-1])).values.tolist() == [61, 62]
+
+
 def test_terms_choose_rows_and_reduce_them():
     rows = Table(
         Row(source="measured", run="a", seed="0", epoch=str(epoch), layer=str(layer), x=str(x))
         for epoch, layer, x in ((0, 1, 5), (0, 2, 7), (9, 1, 1), (9, 2, 4))
     )
     term = {"run": "a", "epoch": "last"}
-    for of, value in (("mean", 2.5), ("std", 1.5), ("min", 1), ("max", 4), ("range", 3)):
+    reduced = (("mean", 2.5), ("std", 1.5), ("min", 1), ("max", 4), ("range", 3))
+    for of, value in (*reduced, ("std / mean", 0.6), ("min / mean", 0.4)):
         assert judge({"column": "x", "of": of, "plus": term, "paper": "above"}, rows).mean == value
     both = {"column": "x", "plus": [term, {"epoch": 0, "layer": [2, 3]}], "minus": {"epoch": 0}}
     assert judge(both | {"paper": "above"}, rows).mean == 2.5 + 7 - 6
@@ -72,18 +81,27 @@ def test_every_claim_names_runs_of_its_experiment_and_a_side():
                 assert term.get("run") in runs or "optimizer" in term, (name, term)
 
 
-def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(run_script, tmp_path):
+def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
+    run_script, tmp_path, monkeypatch
+):
     run_script("experiments.page", tmp_path).assert_one_sentence("has no CSV")
-    runs = {"Adam": [61, 62.1, 62.9], "SGD, momentum": [60, 61, 62]}
-    rows = [{**row, "top5": 90} for row in table(**runs)]
-    write_table(tmp_path / "table3.csv", rows)
+    rows = [{**row, "top5": 90} for row in table(A=[61, 62.1, 62.9], B=[60, 61, 62])]
+    write_table(tmp_path / "table4.csv", rows)
     (tmp_path / "about.md").write_text("On ten images.")
+    claim = {"column": "top1", "plus": {"run": "A"}, "minus": {"run": "B"}, "paper": "above"}
+    claims = [
+        claim | {"text": "A is better", "published": 2.93},
+        claim | {"text": "late", "added": True},
+        claim | {"text": "control", "ours": True, "paper": "below"},
+    ]
+    experiment = replace(spec.read_experiment("table4", "quick"), claims=claims)
+    monkeypatch.setattr(spec, "read_experiment", lambda name, scale: experiment)
     result = run_script("experiments.page", tmp_path)
     assert result.code == 0, result.err
     page = (tmp_path / "README.md").read_text()
     assert "1 claims: 1 seen, 0 contradicted, 0 not decided" in page
-    assert "Adam is better than SGD" in page and "1 [0.752, 1.25]" in page and "**seen**" in page
-    texts = ("claim of the paper", "On ten images.", "## table3", "62.00 ±")
-    order = [page.index(text) for text in texts]
+    assert "2.93 (above 0)" in page and "1 [0.752, 1.25]" in page and "**seen**" in page
+    texts = ("A is better", "late †", "of ours", ": control", "**contradicted**", "On ten images.")
+    order = [page.index(text) for text in (*texts, "## table4", "62.00 ±")]
     assert order == sorted(order)
-    assert "![table3](table3.png)" in page and (tmp_path / "table3.png").exists()
+    assert "![table4](table4.png)" in page and (tmp_path / "table4.png").exists()

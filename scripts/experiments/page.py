@@ -15,7 +15,8 @@ from utils.checkpoint.files import atomic_write
 from utils.run.command_line import Parser, command, markdown_table
 from utils.run.errors import UserError
 
-HEADER = ["claim of the paper", "quantity", "paper", "here, 95 % interval", "seeds", "verdict"]
+ADDED = " †"
+HEADER = ["quantity", "paper (ImageNet)", "here, 95 % interval", "seeds", "verdict"]
 
 
 @command
@@ -34,27 +35,35 @@ def main() -> None:
 
 
 def heading(names: list[str], folder: Path) -> list[str]:
-    judged = [row for name in names for row in verdict_rows(name, folder)]
-    words = [row[-1].strip("*") for row in judged]
+    papers, ours = (
+        [row for n in names for row in verdict_rows(n, folder, o)] for o in (False, True)
+    )
+    words = [row[-1].strip("*") for row in papers if ADDED not in row[0]]
     outcomes = (verdicts.SEEN, verdicts.CONTRADICTED, verdicts.NOT_DECIDED)
     counts = ", ".join(f"{words.count(word)} {word}" for word in outcomes)
     about = folder / "about.md"
     return [
         "# The paper's claims, tables and figures",
-        f"{len(words)} claims: {counts}. Each is a quantity with a sign, formed for every seed from"
-        " runs of that seed; it is *seen* where the 95 % interval (Student's t) of its mean over"
-        " the seeds lies on the paper's side of 0, *contradicted* where on the other, and *not"
-        " decided* where it covers 0 or there are fewer than two seeds.",
-        markdown_table([HEADER, *judged]),
+        f"{len(words)} claims: {counts}. Each is a quantity with a side, formed for every seed from"
+        " runs of that seed. *Seen*: the whole 95 % interval of its mean over the seeds (Student's"
+        " t) lies on the paper's side of 0, or within the tolerance of what is to be equal;"
+        " *contradicted*, at this scale: wholly outside of it; *not decided*: neither, which is no"
+        " sign of equality, or fewer than two seeds. Nothing is corrected for the number of claims:"
+        " of differences that are truly 0, one in 20 is decided wrongly. What has a"
+        f"{ADDED} was written when results of the first seed had been seen, and is not counted.",
+        markdown_table([["claim of the paper", *HEADER], *papers]),
+        *([markdown_table([["control or extension of ours", *HEADER], *ours])] if ours else []),
         *([about.read_text().strip()] if about.exists() else []),
     ]
 
 
-def verdict_rows(name: str, folder: Path) -> list[list[str]]:
-    """A row of the first table for each claim of an experiment."""
+def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
+    """A row for each claim of an experiment that is the paper's, or ours."""
     rows = read_table(folder / f"{name}.csv").where(source="measured")
     judged = []
     for claim in spec.read_experiment(name, "quick").claims:
+        if claim.get("ours", False) is not ours:
+            continue
         verdict = verdicts.judge(claim, rows)
         count = len(verdict.values)
         here = f"{verdict.mean:.3g}" if count else ""
@@ -63,7 +72,7 @@ def verdict_rows(name: str, folder: Path) -> list[list[str]]:
             here += f" [{low:.3g}, {high:.3g}]"
         published = format(float(claim["published"]), ".3g") if "published" in claim else ""
         published = f"{published} ({claim['paper']} 0)".strip()
-        text = f"[{name}](#{name}): {claim['text']}"
+        text = f"[{name}](#{name}): {claim['text']}" + ADDED * claim.get("added", False)
         quantity = verdicts.quantity(claim)
         judged.append([text, quantity, published, here, str(count), f"**{verdict.word}**"])
     return judged

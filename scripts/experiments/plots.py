@@ -104,6 +104,7 @@ def draw_table1(ours: Table, paper: Table) -> Drawing:
             ff, c2i, top1 = (rows.numbers(name) for name in ("ff_ratio", "c2i_ratio", "top1"))
             label = f"{run}: {top1.mean():.2f} %"
             axes.errorbar(ff.mean(), c2i.mean(), bar(c2i), bar(ff), label=label, **look)
+        axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")  # nothing of the start left
         axes.set(xscale="log", xlabel="FF ratio", ylabel="C2I ratio", title=title)
         axes.margins(0.1)
         axes.legend(title="run (weight decay): top-1", fontsize=8, title_fontsize=8)
@@ -125,6 +126,7 @@ def draw_stability(ours: Table, paper: Table) -> Drawing:
             cells += [format(mean, form) for mean in means[[0, -1]]]
         summary.append(cells)
     panels[0].set(yscale="log", xlabel="epoch", ylabel="FF ratio")
+    panels[1].axhline(0.5, color="gray", linewidth=0.8, linestyle=":")
     panels[1].set(xlabel="epoch", ylabel="C2I ratio")
     panels[1].legend(fontsize=7)
     return figure, summary
@@ -170,8 +172,10 @@ def draw_surfaces(ours: Table, paper: Table) -> Drawing:
         below.plot(distances, means, color="black")
         below.fill_between(distances, lows, highs, color="tab:blue", alpha=0.3, hatch="//")
         below.set(xlabel="distance from the centre", ylim=(-0.05 * top, 1.5 * top))
-        at = [means[distances == distance] for distance in (0.1, 0.5, 1)]
-        summary.append([run, norm, *(mean_and_margin(mean, ".3g") for mean in at)])
+        at = [
+            of_each_seed(rows.where(distance=distance), "rise") for distance in ("0.1", "0.5", "1")
+        ]
+        summary.append([run, norm, *(mean_and_margin(rises, ".3g") for rises in at)])
     panels[0, 0].set_ylabel("direction 2")
     panels[1, 0].set_ylabel("rise of the loss: mean and range")
     figure.colorbar(shades, ax=panels[0].tolist(), label="rise of the loss", shrink=0.8)
@@ -252,18 +256,24 @@ def draw_layers(ours: Table, paper: Table) -> Drawing:
 
 
 def draw_kernels(ours: Table, paper: Table, column: str, label: str) -> Drawing:
-    """One bar per kernel for both optimizers, with Adam's smallest as a line."""
-    smallest = ours.where(run="Adam").numbers(column).min(initial=np.inf)
+    """A bar for each kernel, and as a line the smallest of Adam's of the same seed."""
+    of_adam = ours.where(run="Adam").split("seed")
+    smallest = {seed: rows.numbers(column).min() for seed, rows in of_adam.items()}
     figure, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     summary = [["", f"smallest {label}", "standard deviation", "below Adam's smallest"]]
     for axes, (run, rows) in zip(panels, ours.split("run").items(), strict=False):
         values = rows.numbers(column)
         axes.bar(range(len(values)), values, color=OPTIMIZERS[run]["color"])
-        axes.axhline(smallest, color="black", linewidth=0.8, linestyle="--")
+        lines = (smallest[seed] for seed in rows.distinct("seed"))
+        places = np.linspace(-0.5, len(values) - 0.5, len(rows.distinct("seed")) + 1)
+        axes.stairs(
+            list(lines), places, color="black", linewidth=0.8, linestyle="--", baseline=None
+        )
         axes.set(title=run, xlabel="kernel, of all seeds", ylabel=label)
         least, spread = (of_each_seed(rows, column, reduce) for reduce in (np.min, np.std))
+        below = [(r.numbers(column) < smallest[s]).mean() for s, r in rows.split("seed").items()]
         cells = mean_and_margin(least, ".3g"), mean_and_margin(spread, ".3g")
-        summary.append([run, *cells, f"{(values < smallest).mean():.1%}"])
+        summary.append([run, *cells, mean_and_margin(np.array(below), ".1%")])
     for row in paper:
         published = [row.get(name) or "" for name in ("smallest_cam", "sdam", "share_below")]
         summary.append([f"{row['run']}, published", *published])

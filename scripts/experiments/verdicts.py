@@ -10,6 +10,8 @@ A claim, in an experiment's YAML, is a quantity and the side of 0 on which the p
     paper       above, below, or equal: no further from 0 than `tolerance`
     published   the paper's value of the same quantity, where it is known
     quantity    in words, where those made of the terms would not be clear
+    ours        true for a control or an extension, which is not the paper's
+    added       true for a claim written when results of a seed had been seen
 
 The quantity, sum of `plus` less sum of `minus`, is formed for each seed that has all terms.
 """
@@ -23,7 +25,15 @@ import numpy as np
 from scripts.experiments.table import Table, as_text
 
 SEEN, CONTRADICTED, NOT_DECIDED = "seen", "contradicted", "not decided"
-REDUCTIONS = {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max, "range": np.ptp}
+REDUCTIONS = {
+    "mean": np.mean,
+    "std": np.std,
+    "min": np.min,
+    "max": np.max,
+    "range": np.ptp,
+    "std / mean": lambda values: np.std(values) / np.mean(values),
+    "min / mean": lambda values: np.min(values) / np.mean(values),
+}
 
 Claim = Term = Mapping[str, Any]
 
@@ -44,9 +54,9 @@ def judge(claim: Claim, rows: Table) -> Verdict:
     margin = margin_of(values)
     low, high = mean - margin, mean + margin
     # What the paper says holds for numbers from `least` to `most`.
-    tolerance = claim.get("tolerance", 0.0)
-    least = 0.0 if claim["paper"] == "above" else -tolerance or -math.inf
-    most = 0.0 if claim["paper"] == "below" else tolerance or math.inf
+    bound = claim.get("tolerance", 0.0)
+    sides = {"above": (0.0, math.inf), "below": (-math.inf, 0.0), "equal": (-bound, bound)}
+    least, most = sides[claim["paper"]]
     word = NOT_DECIDED
     if low > least and high < most:
         word = SEEN
@@ -75,13 +85,21 @@ def student_t(freedom: int) -> float:
 
 
 def per_seed(claim: Claim, rows: Table) -> np.ndarray:
-    """The claim's quantity, of each seed that has all its terms."""
-    terms = signed_terms(claim)
-    values = [
-        sum(sign * term_value(term, claim, seed) for sign, term in terms)
+    """The claim's quantity, of each seed that has all rows of its terms that any seed has."""
+    terms, reduce = signed_terms(claim), REDUCTIONS[claim.get("of", "mean")]
+    seeds = [
+        [term_numbers(term, claim, seed) for _, term in terms]
         for seed in rows.split("seed").values()
     ]
-    return np.array([value for value in values if not math.isnan(value)])
+    counts = [tuple(map(len, of_seed)) for of_seed in seeds]
+    complete = tuple(map(max, zip(*counts, strict=True)))
+    return np.array(
+        [
+            sum(sign * reduce(n) for (sign, _), n in zip(terms, of_seed, strict=True))
+            for of_seed, count in zip(seeds, counts, strict=True)
+            if count == complete and all(count)
+        ]
+    )
 
 
 def signed_terms(claim: Claim) -> list[tuple[int, Term]]:
@@ -93,13 +111,12 @@ def signed_terms(claim: Claim) -> list[tuple[int, Term]]:
     return signed
 
 
-def term_value(term: Term, claim: Claim, rows: Table) -> float:
-    """The number of a term; nan if it has no rows."""
+def term_numbers(term: Term, claim: Claim, rows: Table) -> np.ndarray:
+    """The numbers of the rows that a term chooses."""
     for column, chosen in term.items():
         if column != "column":
             rows = select(rows, column, chosen)
-    numbers = rows.numbers(term.get("column") or claim["column"])
-    return REDUCTIONS[claim.get("of", "mean")](numbers) if len(numbers) else math.nan
+    return rows.numbers(term.get("column") or claim["column"])
 
 
 def select(rows: Table, column: str, chosen: Any) -> Table:
