@@ -33,13 +33,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def place(model: nn.Module, config, device: torch.device) -> nn.Module:
     """Move a network in place, and set the precision of its residual path.
 
-    Its inputs then take its memory layout by themselves.
+    Activations take the memory layout of the kernels by themselves.
     """
     for layer in model.modules():
         if isinstance(layer, RPReLU):
             layer.low_precision = config.precision == "bfloat16_residual"
-    layout = torch.channels_last if config.channels_last else torch.preserve_format
-    return model.to(device, memory_format=layout)
+        # Not shifts, which are 4-D too: DDP warns where gradients have other strides.
+        if config.channels_last and isinstance(layer, nn.Conv2d):
+            layer.to(memory_format=torch.channels_last)
+    return model.to(device)
 
 
 def compiled(model: nn.Module, config) -> nn.Module:
