@@ -39,7 +39,7 @@ def heading(names: list[str], folder: Path) -> list[str]:
         [row for n in names for row in verdict_rows(n, folder, o)] for o in (False, True)
     )
     words = [row[-1].strip("*") for row in papers if ADDED not in row[0]]
-    outcomes = (verdicts.SEEN, verdicts.CONTRADICTED, verdicts.NOT_DECIDED)
+    outcomes = (verdicts.SEEN, verdicts.CONTRADICTED, verdicts.NOT_DECIDED, verdicts.NOT_RUN)
     counts = ", ".join(f"{words.count(word)} {word}" for word in outcomes)
     about = folder / "about.md"
     return [

@@ -229,6 +229,7 @@ def draw_activations(ours: Table, paper: Table) -> Drawing:
         axes.set_title(title, fontsize=9)
         summary.append([run, epoch, mean_and_margin(here, ".2%"), f"{published:.2%}"])
     figure.supxlabel("input of the first Sign (hatched: saturated)", fontsize="medium")
+    figure.supylabel("share", fontsize="medium")
     return figure, summary
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from scripts.experiments.table import Table, as_text
 
-SEEN, CONTRADICTED, NOT_DECIDED = "seen", "contradicted", "not decided"
+SEEN, CONTRADICTED, NOT_DECIDED, NOT_RUN = "seen", "contradicted", "not decided", "not run"
 REDUCTIONS = {
     "mean": np.mean,
     "std": np.std,
@@ -57,7 +57,7 @@ def judge(claim: Claim, rows: Table) -> Verdict:
     bound = claim.get("tolerance", 0.0)
     sides = {"above": (0.0, math.inf), "below": (-math.inf, 0.0), "equal": (-bound, bound)}
     least, most = sides[claim["paper"]]
-    word = NOT_DECIDED
+    word = NOT_DECIDED if len(values) else NOT_RUN
     if low > least and high < most:
         word = SEEN
     elif low > most or high < least:
