@@ -94,6 +94,7 @@ def _peer(rank: int, folder: str, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     with init_distributed("cpu") as dist:
         results = {name: train_three_steps(dist, network) for name, network in JOBS.items()}
+    results["threads"] = {name.read_text() for name in Path("/proc/self/task").glob("*/comm")}
     torch.save(results, Path(folder) / f"{rank}.pt")
 
 
@@ -104,7 +105,9 @@ def outcomes(tmp_path_factory):
     mp.spawn(_peer, (str(folder), free_port()), nprocs=2)
     pair = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
     alone = {name: train_three_steps(dist_env(), network) for name, network in JOBS.items()}
-    return {name: (alone[name], pair[0][name], pair[1][name]) for name in JOBS}
+    return {name: (alone[name], pair[0][name], pair[1][name]) for name in JOBS} | {
+        "threads": pair[0]["threads"]
+    }
 
 
 def largest_difference(left: dict, right: dict, key: str) -> float:
@@ -124,6 +127,11 @@ def test_without_bn_two_processes_equal_one_also_in_an_uneven_batch(outcomes):
         for split in ("trained", "validated"):
             assert rank[split]["images"] == IMAGES
             assert abs(rank[split]["loss"] - alone[split]["loss"]) < 1e-9
+
+
+def test_no_thread_of_the_process_group_outlives_it(outcomes):
+    # It would abort the process at its end: "terminate called without an active exception".
+    assert not any("gloo" in name for name in outcomes["threads"])
 
 
 def test_sync_bn_on_a_cpu_is_refused():

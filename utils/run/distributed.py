@@ -1,5 +1,6 @@
 """One process or several: who this process is, and the few collective operations training needs."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,6 +64,8 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+            # DDP's cycles keep the group, whose threads abort an interpreter that ends before them.
+            gc.collect()
 
 
 @contextmanager
