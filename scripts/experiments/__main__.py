@@ -8,6 +8,7 @@
 Every option of the training programs goes to all runs (--epochs 20, --workers 4, ...).  The same
 command goes on after an interruption; runs that experiments have in common are trained once, also
 by commands at the same time.  Of several names all first seeds come first, then the second ones.
+On one GPU, small networks train faster together: --jobs 16, with NVIDIA's MPS started before.
 A run that stops does not stop the others: the CSVs lack it, and the command ends with code 2.
 What it leaves is in OUT: runs/, NAME.csv and NAME.png.
 """
@@ -47,7 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--first_seed", type=int, default=0, help="for a scan, with its own --out")
     parser.add_argument(
-        "--jobs", type=positive, default=1, help="runs at a time, one core and GPU each"
+        "--jobs", type=positive, default=1, help="runs at a time, one core each; they share GPUs"
     )
     parser.add_argument("--out", type=Path, help="default: scripts/out/SCALE")
     parser.add_argument("--finished", action="store_true", help="only measure what is trained")
