@@ -6,11 +6,13 @@ NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT override, torchru
 variables stand above them, and under SLURM the nodes of the job are used.
 
 When one of several processes dies, all are started again, PET_MAX_RESTARTS times (3), and go on
-from the last checkpoint.  Signals are passed on to every process, which have
-PET_SHUTDOWN_TIMEOUT seconds (300) to save and leave; the exit code is then 75.
+from the last checkpoint.  SIGTERM, SIGINT and SIGUSR1 are passed on to every process, which have
+PET_SHUTDOWN_TIMEOUT seconds (300) to save and leave; the exit code is then 75.  A terminal that
+closes ends nothing.
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,7 @@ from utils.run.command_line import EXIT_CODE, PREEMPTED_EXIT_CODE
 
 RESTARTS = "3"
 DEFAULTS = {
-    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "300",
 }
 # The user's mistake, which a restart would repeat, and a request to stop.
@@ -66,6 +68,10 @@ def main() -> None:
     restarts = settings.pop("PET_MAX_RESTARTS", RESTARTS)
     if not restarts.isdecimal():
         sys.exit(f"error: PET_MAX_RESTARTS must be a whole number, not {restarts!r}")
+    # What torchrun starts inherits these: it goes on when the terminal closes, and SIGUSR2 is for
+    # its processes, which save.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     # torchrun's own restarts would also repeat what ended for good.
     os.environ.update(DEFAULTS | settings | {"PET_MAX_RESTARTS": "0"})
     for left in reversed(range(int(restarts) + 1)):
