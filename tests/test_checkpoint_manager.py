@@ -275,17 +275,20 @@ def test_a_disk_that_is_full_for_a_while_costs_a_warning_and_no_checkpoint(
     assert is_intact(tmp_path / "step2" / PREVIOUS)
 
 
-def test_a_last_checkpoint_that_cannot_be_written_is_an_error(run_step, tmp_path):
+@pytest.mark.parametrize("asked_to_leave", [False, True])
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(run_step, tmp_path, asked_to_leave):
     folder = tmp_path / "step1"
 
     def in_the_way():
         (folder / NEWEST).mkdir()
         (folder / NEWEST / "file").touch()
+        if asked_to_leave:
+            send(signal.SIGTERM)()
 
     with at_iteration(0, in_the_way):
         result = run_step(1, epochs=1)
     assert result.code == 2 and f"error: cannot write {folder / NEWEST}" in result.err
-    assert "finished" in result.out
+    assert ("stopped on request" if asked_to_leave else "finished") in result.out
 
 
 @pytest.mark.parametrize("ahead", [False, True])

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -150,7 +150,7 @@ class CheckpointManager:
     def __exit__(self, kind: type | None, *_) -> None:
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        if kind is None:
+        if kind in (None, Preempted):  # an unwritten checkpoint is no exit code 75
             for path, content in self.pending.items():
                 _write(path, content)
 
@@ -195,9 +195,7 @@ class CheckpointManager:
             copies.append(epoch_checkpoint_path(self.folder, epoch))
         self._save(copies)
 
-    def _save(
-        self, copies: list[Path] | None = None, unfinished: Mapping[str, Any] | None = None
-    ) -> None:
+    def _save(self, copies: Sequence[Path] = (), **unfinished: Any) -> None:
         """Write what is pending from earlier failures, then the copies, then the newest.
 
         The newest comes last: interrupted in between, the epoch is repeated and all are written.
@@ -205,10 +203,21 @@ class CheckpointManager:
         self.last_save = time.monotonic()
         if not self.dist.is_rank0:
             return
-        content = self._content() | ({"unfinished": unfinished} if unfinished else {})
+        history = self.state.history
+        content = {
+            "epoch": history[-1]["epoch"] if history else -1,
+            "state_dict": self.model.state_dict(),
+            "best_top1_acc": max((record["val_top1"] for record in history), default=0.0),
+            "optimizer": self.optimizer.state_dict(),
+            "config": asdict(self.config),
+            "rng": rng_state(),
+            "history": history,
+            "measures": self.metrics.state_dict(),
+            **unfinished,
+        }
         newest = self.folder / NEWEST
         self.pending.pop(newest, None)
-        self.pending |= dict.fromkeys([*(copies or ()), newest], content)
+        self.pending |= dict.fromkeys([*copies, newest], content)
         try:
             while self.pending:
                 path = next(iter(self.pending))
@@ -218,19 +227,6 @@ class CheckpointManager:
             logger.warning(f"warning: {error}; training goes on, the next checkpoint tries again")
             # Copied, because the tensors are those of a model that is trained on.
             self.pending = {path: copy.deepcopy(kept) for path, kept in self.pending.items()}
-
-    def _content(self) -> dict[str, Any]:
-        history = self.state.history
-        return {
-            "epoch": history[-1]["epoch"] if history else -1,
-            "state_dict": self.model.state_dict(),
-            "best_top1_acc": max((record["val_top1"] for record in history), default=0.0),
-            "optimizer": self.optimizer.state_dict(),
-            "config": asdict(self.config),
-            "rng": rng_state(),
-            "history": history,
-            "measures": self.metrics.state_dict(),
-        }
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

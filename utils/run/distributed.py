@@ -46,10 +46,10 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
     device = choose_device(device, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if world_size > 1:
-        # Tensors on the GPU travel by nccl; what the CPU has to decide does not wait for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
+        if world_size > 1:
+            # Tensors on the GPU travel by nccl; what the CPU has to decide does not wait for it.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         yield DistEnv(rank, local_rank, world_size, device)
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors that name its source files.
@@ -71,15 +71,10 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
 @contextmanager
 def local_rank0_first(env: DistEnv) -> Iterator[None]:
     """Let local rank 0 run the block (fill a cache, download) before the others enter it."""
-    if env.local_rank != 0:
-        barrier()
+    if dist.is_initialized() and env.local_rank != 0:
+        dist.barrier()
     yield
-    if env.local_rank == 0:
-        barrier()
-
-
-def barrier() -> None:
-    if dist.is_initialized():
+    if dist.is_initialized() and env.local_rank == 0:
         dist.barrier()
 
 
