@@ -8,14 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from utils.binarize import (
-    BinaryConv2d,
-    LatentConv2d,
-    Sign,
-    add_shift,
-    sum_per_channel,
-    to_dtype,
-)
+from utils.binarize import BinaryConv2d, LatentConv2d, Sign, add_shift, sum_per_channel, to_dtype
 from utils.run.errors import UserError
 
 

@@ -34,9 +34,7 @@ def main() -> None:
     add_network_options(parser)
     arguments = parser.parse_args()
     network = open_network(
-        arguments.file,
-        binary_weights=arguments.binary_weights,
-        small_images=arguments.small_images,
+        arguments.file, binary_weights=arguments.binary_weights, small_images=arguments.small_images
     )
     transform = ValTransform(network)
     decoded = [transform(whole_image(path)) for path in arguments.images]

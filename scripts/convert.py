@@ -63,9 +63,7 @@ def main() -> None:
     for file in files:
         check_output(file, arguments.force)
     loaded = load_network(
-        arguments.file,
-        binary_weights=arguments.binary_weights,
-        small_images=arguments.small_images,
+        arguments.file, binary_weights=arguments.binary_weights, small_images=arguments.small_images
     )
     print(loaded)
     image_size = arguments.image_size or loaded.image_size

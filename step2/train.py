@@ -25,7 +25,7 @@ from utils.run.command_line import command
 from utils.run.config import Config, parse_config
 from utils.run.distributed import DistEnv, broadcast_buffers, distribute
 from utils.run.errors import UserError
-from utils.run.logging import RunLog, epoch_record
+from utils.run.logging import RunLog
 from utils.run.state import TrainState
 
 
@@ -71,7 +71,7 @@ def train(config: Config, dist: DistEnv) -> None:
             trained = train_one_epoch(model, teacher, train_loader, optimizer, config, state)
             broadcast_buffers(student)
             validated = evaluate(network, val_loader, config.precision).results()
-            state.end_epoch(epoch_record(epoch, rate, trained, validated, metrics.summary()))
+            state.end_epoch(rate, trained, validated, metrics.summary())
         log.closing(state)
 
 

@@ -167,8 +167,7 @@ def test_a_cached_data_set_of_several_sizes_is_refused(config, own_images):
 
 def test_order_is_drawn_from_seed_and_epoch():
     def order(seed: int, epoch: int) -> list:
-        batches = EpochBatchSampler(24, 8, seed, rank=0, world_size=1)
-        batches.set_epoch(epoch)
+        batches = EpochBatchSampler(24, 8, seed, rank=0, world_size=1, epoch=epoch)
         return [index for batch in batches for _, index in batch]
 
     assert order(0, 0) == order(0, 0)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +67,7 @@ def train_one_epoch(
     return reduced(state.meter).results()
 
 
-class FiniteGuard:
+class FiniteGuard(AbstractContextManager):
     """Ends a run whose loss or gradient is not finite, before that update reaches the weights.
 
     A context around the iterations of an epoch.  On a GPU no update waits for the values: the fused
@@ -78,9 +79,6 @@ class FiniteGuard:
         self.model, self.optimizer, self.batches, self.state = model, optimizer, batches, state
         self.pending: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         state.before_save = self.settle
-
-    def __enter__(self) -> "FiniteGuard":
-        return self
 
     def __exit__(self, kind: type | None, *_) -> None:
         if kind is None:
@@ -98,8 +96,9 @@ class FiniteGuard:
         self.settle()  # of the iteration before, while the device computes this one
         if runs_ahead(values.device, self.optimizer):
             self.optimizer.found_inf = values.isfinite().all().logical_not().float()
-            copy = values.to("cpu", non_blocking=True), copied_event(values.device)
-            self.pending = self.state.iteration, *copy
+            copy = values.to("cpu", non_blocking=True)
+            event = torch.cuda.current_stream().record_event() if values.is_cuda else None
+            self.pending = self.state.iteration, copy, event
         else:
             self.pending = self.state.iteration, values, None
             self.settle()
@@ -124,11 +123,6 @@ class FiniteGuard:
 def runs_ahead(device: torch.device, optimizer: Optimizer) -> bool:
     """Whether the device computes behind the host, and the optimizer takes a flag `found_inf`."""
     return device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def copied_event(device: torch.device) -> torch.cuda.Event | None:
-    """Tells when what was started on a GPU until now has been done; None elsewhere."""
-    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ Signs are boolean, True for +1.  "Latent weights" are those of every `LatentConv
 still act as real weights, and have signs as well.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -94,19 +95,14 @@ def at_signs(model: nn.Module, images: Tensor, measure: Callable[[Tensor], Any])
     if not names:
         raise UserError(f"this {type(model).__name__} has no binary activations")
     measured: dict[str, Any] = {}
-    hooks = [
-        module.register_forward_pre_hook(
-            lambda m, inputs: measured.update({names[m]: measure(add_shift(*inputs))})
-        )
-        for module in names
-    ]
-    was_training = model.training
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        for module in names:
+            hook = module.register_forward_pre_hook(
+                lambda m, inputs: measured.update({names[m]: measure(add_shift(*inputs))})
+            )
+            stack.callback(hook.remove)
         model.eval()(images)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
     return measured
 
 

@@ -78,16 +78,10 @@ def lock_directory(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-        if is_new:
-            _remove_unused(folder)
-
-
-def _remove_unused(folder: Path) -> None:
-    """Remove a folder that holds nothing but its lock."""
-    with contextlib.suppress(OSError):
-        if [path.name for path in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
-            folder.rmdir()
+        with contextlib.suppress(OSError):
+            if is_new and [path.name for path in folder.iterdir()] == [LOCK]:  # nothing came of it
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def sha256(path: Path) -> str:

@@ -38,18 +38,13 @@ def write_packed(
         content: JSON-able facts that reading gives back (configuration, epoch, accuracy).
         dtype: float32 or float16, of the other floating-point tensors.
     """
-    tensors = {}
+    tensors, shapes = {}, {}
     for key, value in state.items():
         if key in binary:
-            tensors[key] = pack_signs(value > 0)
+            tensors[key], shapes[key] = pack_signs(value > 0), list(value.shape)
         else:
             tensors[key] = (value.to(dtype) if value.is_floating_point() else value).contiguous()
-    shapes = {key: list(state[key].shape) for key in state if key in binary}
-    header = {
-        "format": FORMAT,
-        "binary": json.dumps(shapes),
-        "content": json.dumps(content),
-    }
+    header = {"format": FORMAT, "binary": json.dumps(shapes), "content": json.dumps(content)}
     header["sha256"] = _digest(header, tensors)
     atomic_write(path, lambda file: file.write(safetensors.torch.save(tensors, header)))
 

@@ -121,16 +121,6 @@ def _first_of_each_class(labels: Sequence[int], count: int | None) -> Sequence[i
     return sorted(index for of_class in places.values() for index in of_class[:count])
 
 
-def require_same_classes(data: str, train: "SeededDataset", val: "SeededDataset") -> None:
-    """Raise UserError unless both splits have the same class folders."""
-    if train.classes != val.classes:
-        raise UserError(
-            f"{data}: {len(train.classes)} classes to train on, {len(val.classes)} to validate on,"
-            " and they must be the same;"
-            f" only in one: {', '.join(sorted({*train.classes} ^ {*val.classes})[:3])}"
-        )
-
-
 def open_train_images(config: Config, dist: DistEnv) -> SeededDataset:
     """The training images alone."""
     return SeededDataset(

@@ -15,13 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from utils.data.dataset import (
-    SeededDataset,
-    mixed_seed,
-    open_train_images,
-    open_val_images,
-    require_same_classes,
-)
+from utils.data.dataset import SeededDataset, mixed_seed, open_train_images, open_val_images
 from utils.data.transforms import normalize_batch
 from utils.run.config import Config
 from utils.run.distributed import DistEnv
@@ -41,7 +35,12 @@ def build_loaders(config: Config, dist: DistEnv) -> tuple["PrefetchLoader", "Pre
             that cannot be divided over the processes.
     """
     train, val = open_train_images(config, dist), open_val_images(config, dist)
-    require_same_classes(config.data, train, val)
+    if train.classes != val.classes:
+        raise UserError(
+            f"{config.data}: {len(train.classes)} classes to train on, {len(val.classes)} to"
+            " validate on, and they must be the same;"
+            f" only in one: {', '.join(sorted({*train.classes} ^ {*val.classes})[:3])}"
+        )
     return train_loader(train, config, dist), val_loader(val, config, dist)
 
 
@@ -137,11 +136,6 @@ class EpochBatchSampler(Sampler[list[Key]]):
     epoch: int = 0
     start_batch: int = 0
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Let the next iteration give the batches of `epoch` from `start_batch` on."""
-        self.epoch = epoch
-        self.start_batch = start_batch
-
     def __len__(self) -> int:
         """Batches of a whole epoch."""
         whole, rest = divmod(self.length, self.batch_size)
@@ -193,10 +187,11 @@ class PrefetchLoader:
         )
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.sampler)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        self.sampler.set_epoch(epoch, start_batch)
+        """Let the next iteration give the batches of `epoch` from `start_batch` on."""
+        self.sampler.epoch, self.sampler.start_batch = epoch, start_batch
 
     def image_indices(self, batch: int) -> list[int]:
         """Which images are in a training batch of this epoch, over all processes."""
@@ -245,9 +240,6 @@ class CachedLoader(PrefetchLoader):
     def __post_init__(self):
         self.pixels, self.labels = (part.to(self.device) for part in self.dataset.decoded())
 
-    def __len__(self) -> int:
-        return len(self.sampler)
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         count, transform = len(self.dataset), self.dataset.transform
         with torch.random.fork_rng(devices=[]):
@@ -265,9 +257,7 @@ class CachedLoader(PrefetchLoader):
 class KeptBatches(PrefetchLoader):
     """Validation batches of a small data set, which stay on the device after the first pass."""
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.kept: list[tuple[Tensor, Tensor]] = []
+    kept: Sequence[tuple[Tensor, Tensor]] = ()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.kept = self.kept or list(super().__iter__())
@@ -298,13 +288,7 @@ def loading_workers(wanted: int | None) -> int:
 
     More workers than cores only wait for each other, and no result depends on their number.
     """
-    cores = usable_cores()
+    # Those a scheduler left to this process, where the system tells.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     return min(share if wanted is None else wanted, cores)
-
-
-def usable_cores() -> int:
-    """Those a scheduler left to this process, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

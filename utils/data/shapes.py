@@ -14,10 +14,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 32
-TRAIN_PER_CLASS = 600
-VAL_PER_CLASS = 100
 _SUPERSAMPLING = 4
-_SPLITS = {"train": TRAIN_PER_CLASS, "val": VAL_PER_CLASS}
+_SPLITS = {"train": 600, "val": 100}  # images of each class
 
 
 def _regular(corners: int, radius: float = 1.0, x: float = 0.0, y: float = 0.0) -> np.ndarray:

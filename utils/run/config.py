@@ -101,9 +101,7 @@ class Config:
         "what decays; released includes the shifts", "released", choices=DECAY_GROUPS
     )
     schedule: str = _option(
-        "of the learning rate; released: linear, one epoch ahead",
-        "released",
-        choices=SCHEDULES,
+        "of the learning rate; released: linear, one epoch ahead", "released", choices=SCHEDULES
     )
     accumulate: int = _option("parts a batch is computed in, BN statistics of each", 1, minimum=1)
 
@@ -155,17 +153,10 @@ class Config:
 
     def network_options(self) -> dict[str, Any]:
         """The constructor arguments of the network, all but the number of classes."""
-        options = {
-            "binary_activations": self.binary_activations,
-            "binary_weights": self.binary_weights,
-            "latent_init": self.latent_init,
-            "latent_scale": self.latent_scale,
-            "width": self.width,
-            "small_images": self.small_images,
-        }
-        if self.activation_ste:
-            options["activation_ste"] = self.activation_ste
-        return options
+        names = ["binary_activations", "binary_weights", "latent_init", "latent_scale", "width"]
+        names += ["small_images", "activation_ste"]
+        options = {name: getattr(self, name) for name in names}
+        return {name: value for name, value in options.items() if value is not None}
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields that change the result and differ from a saved configuration."""
@@ -190,8 +181,8 @@ _TYPE_NAMES = {
 }
 
 
-def _typed(name: str, value: Any) -> Any:
-    """`value` as the type of field `name`; PyYAML reads `5e-6` as text, so text may be a number."""
+def _valid(name: str, value: Any) -> Any:
+    """`value` as the type of field `name`, in its range; text may be a number (PyYAML's `5e-6`)."""
     *alternatives, last = get_args(_TYPES[name]) or (_TYPES[name],)
     target = alternatives[0] if alternatives else last
     if last is NoneType and (value is None or value == "none"):
@@ -201,18 +192,13 @@ def _typed(name: str, value: Any) -> Any:
             value = float(value)
     if type(value) is not target or (target is float and not math.isfinite(value)):
         raise UserError(f"{name} must be {_TYPE_NAMES[target]}, not {value!r:.200}")
-    return value
-
-
-def _check_range(name: str, value: Any) -> None:
     checks = FIELDS[name].metadata
-    if value is None:
-        return
     if "choices" in checks and value not in checks["choices"]:
         raise UserError(f"{name} must be one of {', '.join(checks['choices'])}, not {value!r:.200}")
     for check, (holds, words) in BOUNDS.items():
         if check in checks and not holds(value, checks[check]):
             raise UserError(f"{name} must be {words} {checks[check]}, not {value}")
+    return value
 
 
 def _is_path(name: str, value: Any) -> bool:
@@ -230,8 +216,7 @@ def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
         raise UserError(f"unknown option {unknown[0]!r}: the valid ones are {', '.join(FIELDS)}")
     result = {}
     for name, value in values.items():
-        value = _typed(name, value)
-        _check_range(name, value)
+        value = _valid(name, value)
         result[name] = os.path.normpath(base / value) if _is_path(name, value) else value
     return result
 

@@ -31,7 +31,7 @@ PACE_AFTER = 50  # iterations, or at the end of the first epoch
 FAST = {"precision": "bfloat16", "compile": True, "channels_last": True}
 
 
-class RunLog:
+class RunLog(contextlib.AbstractContextManager):
     """The log of one run in `config.save`, a context; processes other than rank 0 stay silent.
 
     log.txt         plain lines, the same as on the terminal, added to by every restart
@@ -68,9 +68,6 @@ class RunLog:
         atomic_write(self.folder / "config.yaml", lambda file: file.write(text.encode()))
         if state.history:
             self._record(state.history)
-
-    def __enter__(self) -> "RunLog":
-        return self
 
     def __exit__(self, *_) -> None:
         if self.dist.is_rank0:
@@ -215,23 +212,6 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is not the folder of a run: cannot read {path}") from error
-
-
-def epoch_record(
-    epoch: int,
-    learning_rate: float,
-    trained: dict[str, float],
-    validated: dict[str, float],
-    measured: dict[str, Any],
-) -> dict[str, Any]:
-    """One record: epoch, learning_rate, train_loss, ..., val_loss, ..., and the binary metrics."""
-    return {
-        "epoch": epoch,
-        "learning_rate": learning_rate,
-        **{f"train_{name}": value for name, value in trained.items()},
-        **{f"val_{name}": value for name, value in validated.items()},
-        **measured,
-    }
 
 
 def _commit() -> str:

@@ -34,8 +34,12 @@ class TrainState:
         for hook in self.hooks:
             hook.on_step_end(self)
 
-    def end_epoch(self, record: dict[str, Any]) -> None:
-        self.history.append(record)
+    def end_epoch(self, rate: float, trained: dict, validated: dict, measured: dict) -> None:
+        """Record epoch, learning_rate, train_loss, ..., val_loss, ..., and the binary metrics."""
+        record = {"epoch": self.epoch, "learning_rate": rate}
+        record |= {f"train_{name}": value for name, value in trained.items()}
+        record |= {f"val_{name}": value for name, value in validated.items()}
+        self.history.append(record | measured)
         self.iteration = 0
         self.meter = Meter()
         for hook in self.hooks:
