@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from conftest import narrow
@@ -9,7 +10,7 @@ from torch import nn
 
 from models import MODELS, build_model
 from scripts.experiments import two_nodes
-from scripts.experiments.surface import filter_normalised_direction, move_to
+from scripts.experiments.surface import filter_normalised_direction, move_to, roughness
 from utils import metrics
 from utils.engine import evaluate
 
@@ -34,6 +35,14 @@ def test_a_direction_of_size_1_flips_a_quarter_of_gaussian_latent_signs():
     move_to(model, centre, (direction, direction), 1.0, 0.0)
     after = metrics.signs(metrics.latent_weights(model))
     assert metrics.ff_ratio(before, after) == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_plane_is_not_rough_and_a_peak_is_as_rough_as_it_is_high():
+    losses = np.add.outer(np.arange(5.0), 2 * np.arange(5.0))
+    assert not roughness(losses).any()
+    losses[2, 2] += 4
+    expected = np.array([[0, 1, 0], [1, 4, 1], [0, 1, 0]])
+    assert np.array_equal(roughness(losses)[1:-1, 1:-1], expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -186,7 +186,8 @@ def next_step(run: Run, dist: DistEnv) -> tuple[Layers, Layers, Layers]:
 def loss_surface(runs: Runs, settings: Settings, dist: DistEnv, table: Path) -> Rows:
     """Loss and top-1 on a grid over [-1, 1]^2; points that the CSV already has are not repeated.
 
-    `distance` is that from the centre, `rise` the loss less that at the centre.
+    `distance` is that from the centre, `rise` the loss less that at the centre, `rough` how far the
+    loss lies from its neighbours'.
     """
     axis = np.linspace(-1, 1, settings["points"]).round(6).tolist()
     earlier = read_table(table) if table.exists() else []
@@ -201,11 +202,13 @@ def loss_surface(runs: Runs, settings: Settings, dist: DistEnv, table: Path) -> 
             known[grid_point(row)] = row
             if row["beta"] == axis[-1]:
                 write_table(table, known.values())
-        centre = known[grid_point(grid[len(grid) // 2])]
-        for point in grid:
-            row = known[grid_point(point)]
+        losses = np.array([float(known[grid_point(point)]["loss"]) for point in grid])
+        rises = losses - losses[len(losses) // 2]
+        rough = surface.roughness(losses.reshape(len(axis), -1)).flat
+        for point, rise, of_point in zip(grid, rises, rough, strict=True):
             distance = round(math.hypot(point["alpha"], point["beta"]), 2)
-            yield row | {"distance": distance, "rise": float(row["loss"]) - float(centre["loss"])}
+            measured = {"distance": distance, "rise": rise, "rough": of_point}
+            yield known[grid_point(point)] | measured
 
 
 def grid_point(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from scripts.experiments import spec, verdicts
 from scripts.experiments.plots import draw
-from scripts.experiments.table import read_table
+from scripts.experiments.table import Table, read_table
 from utils.checkpoint.files import atomic_write
 from utils.run.command_line import Parser, command, markdown_table
 from utils.run.errors import UserError
 
 ADDED = " †"
-HEADER = ["quantity", "paper (ImageNet)", "here, 95 % interval", "seeds", "verdict"]
+HEADER = ["here, 95 % interval", "seeds", "verdict"]
 
 
 @command
@@ -28,8 +28,9 @@ def main() -> None:
     if not measured:
         raise UserError(f"{folder} has no CSV of an experiment: copy them there")
     # Tables, then figures, then what is not of the paper.
-    names = sorted(measured, key=lambda name: ("table" not in name, "fig" not in name))
-    page = "\n\n".join([*heading(names, folder), *(section(name, folder) for name in names)])
+    names = sorted(spec.experiment_names(), key=lambda n: ("table" not in n, "fig" not in n))
+    sections = [section(name, folder) for name in names if name in measured]
+    page = "\n\n".join([*heading(names, folder), *sections])
     atomic_write(folder / "README.md", lambda file: file.write(f"{page}\n".encode()))
     print(folder / "README.md")
 
@@ -48,18 +49,19 @@ def heading(names: list[str], folder: Path) -> list[str]:
         " runs of that seed. *Seen*: the whole 95 % interval of its mean over the seeds (Student's"
         " t) lies on the paper's side of 0, or within the tolerance of what is to be equal;"
         " *contradicted*, at this scale: wholly outside of it; *not decided*: neither, which is no"
-        " sign of equality, or fewer than two seeds. Nothing is corrected for the number of claims:"
-        " of differences that are truly 0, one in 20 is decided wrongly. What has a"
+        " sign of equality, or fewer than three seeds. Nothing is corrected for the number of"
+        " claims: of differences that are truly 0, one in 20 is decided wrongly. What has a"
         f"{ADDED} was written when results of the first seed had been seen, and is not counted.",
-        markdown_table([["claim of the paper", *HEADER], *papers]),
-        *([markdown_table([["control or extension of ours", *HEADER], *ours])] if ours else []),
+        markdown_table([["claim of the paper", "quantity", "paper (ImageNet)", *HEADER], *papers]),
+        markdown_table([["control or extension of ours", "quantity", "expected", *HEADER], *ours]),
         *([about.read_text().strip()] if about.exists() else []),
     ]
 
 
 def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
     """A row for each claim of an experiment that is the paper's, or ours."""
-    rows = read_table(folder / f"{name}.csv").where(source="measured")
+    table = folder / f"{name}.csv"
+    rows = read_table(table).where(source="measured") if table.exists() else Table()
     judged = []
     for claim in spec.read_experiment(name, "quick").claims:
         if claim.get("ours", False) is not ours:
@@ -71,10 +73,13 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
             low, high = verdict.mean - verdict.margin, verdict.mean + verdict.margin
             here += f" [{low:.3g}, {high:.3g}]"
         published = format(float(claim["published"]), ".3g") if "published" in claim else ""
-        published = f"{published} ({claim['paper']} 0)".strip()
-        text = f"[{name}](#{name}): {claim['text']}" + ADDED * claim.get("added", False)
+        side = f"{claim['paper']} 0"
+        side += f" ± {claim['tolerance']:g}" if "tolerance" in claim else ""
+        link = f"[{name}](#{name})" if table.exists() else name
+        text = f"{link}: {claim['text']}" + ADDED * claim.get("added", False)
         quantity = verdicts.quantity(claim)
-        judged.append([text, quantity, published, here, str(count), f"**{verdict.word}**"])
+        expected = f"{published} ({side})" if published else side
+        judged.append([text, quantity, expected, here, str(count), f"**{verdict.word}**"])
     return judged
 
 

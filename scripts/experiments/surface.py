@@ -6,6 +6,7 @@ binary network w are the latent weights, and Sign and the scale follow from the 
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
@@ -49,3 +50,11 @@ def move_to(
     first, second = directions
     moved = {name: centre[name] + alpha * first[name] + beta * second[name] for name in first}
     model.load_state_dict({**centre, **moved})
+
+
+def roughness(losses: np.ndarray) -> np.ndarray:
+    """|loss - mean of its four neighbours| on a grid, same shape; 0 at the rim."""
+    rough = np.zeros_like(losses)
+    neighbours = losses[2:, 1:-1] + losses[:-2, 1:-1] + losses[1:-1, 2:] + losses[1:-1, :-2]
+    rough[1:-1, 1:-1] = np.abs(losses[1:-1, 1:-1] - neighbours / 4)
+    return rough

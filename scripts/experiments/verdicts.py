@@ -25,6 +25,7 @@ import numpy as np
 from scripts.experiments.table import Table, as_text
 
 SEEN, CONTRADICTED, NOT_DECIDED, NOT_RUN = "seen", "contradicted", "not decided", "not run"
+FEWEST_SEEDS = 3  # two that happen to agree would decide
 REDUCTIONS = {
     "mean": np.mean,
     "std": np.std,
@@ -43,7 +44,7 @@ class Verdict(NamedTuple):
 
     values: np.ndarray
     mean: float
-    margin: float  # half of the interval; infinite for fewer than two seeds
+    margin: float  # half of the interval; infinite for a single seed
     word: str
 
 
@@ -58,9 +59,10 @@ def judge(claim: Claim, rows: Table) -> Verdict:
     sides = {"above": (0.0, math.inf), "below": (-math.inf, 0.0), "equal": (-bound, bound)}
     least, most = sides[claim["paper"]]
     word = NOT_DECIDED if len(values) else NOT_RUN
-    if low > least and high < most:
+    is_enough = len(values) >= FEWEST_SEEDS
+    if is_enough and low > least and high < most:
         word = SEEN
-    elif low > most or high < least:
+    elif is_enough and (low > most or high < least):
         word = CONTRADICTED
     return Verdict(values, mean, margin, word)
 
