@@ -56,8 +56,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     output = arguments.output
-    suffix = SUFFIXES.get(arguments.to, output.suffix)
-    if output.suffix != suffix:
+    forms = {suffix: form for form, suffix in SUFFIXES.items()}
+    if forms.get(output.suffix, "exact") != arguments.to:
+        suffix = SUFFIXES.get(arguments.to, ".pth.tar")
         raise UserError(f"a file for --to {arguments.to} is named *{suffix}, not {output.name}")
     files = [output, openvino.constants_path(output)] if arguments.to == "openvino" else [output]
     for file in files:

@@ -109,6 +109,9 @@ def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experimen
     for name in ("fig4.csv", "fig4.png"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / name).read_bytes()
     assert experiment("fig5 fig3 fig34_layers fig2", "--finished").code == 0
+    lines = (tmp_path / "fig4.csv").read_text().replace("Adam,0,", "Adam,1,")  # no seed in common
+    (tmp_path / "two" / "fig4.csv").write_text(lines)
+    assert experiment("fig4", "--redraw", "--out", tmp_path / "two").code == 0
     pictures = {path.stem for path in tmp_path.glob("*.png")}
     assert pictures == {"fig2", "fig3", "fig34_layers", "fig4", "fig5"}
     binary = [row for row in read_table(tmp_path / "fig2.csv") if row["source"] == "measured"]
@@ -286,6 +289,8 @@ def test_a_missing_table_or_one_without_a_needed_column_is_one_sentence(experime
     (tmp_path / "fig8.csv").write_text("source,run,top1\nmeasured,Adam 1,50\n")
     experiment("fig8", "--redraw").assert_one_sentence("no column 'optimizer'")
     experiment("fig5", "--redraw").assert_one_sentence("cannot read", "fig5.csv")
+    (tmp_path / "fig7.csv").write_text("source,run\npublished,Adam one-step\n")
+    experiment("fig7", "--redraw").assert_one_sentence("fig7.csv has no measured row")
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -141,6 +141,8 @@ def test_a_written_network_predicts_as_the_network_for_any_number_of_images(tmp_
     for count in (1, 3, 4):
         difference = (network(images[:count]) - expected[:count]).abs().amax(1)
         assert (difference < 5e-5)[nearest[:count] > TIE].all()
+    with pytest.raises(UserError, match="computes images of 32 pixels, not 16: leave --image_size"):
+        network(images[..., :16, :16])
 
 
 class GatedBlock(nn.Module):

@@ -282,6 +282,8 @@ def test_conversion_refuses_what_would_lose_something(trained, run_script, run_s
     for form in ("packed", "onnx", "openvino"):
         named = ("convert", trained, "--to", form, "--output", tmp_path / "network.bin")
         run_script(*named).assert_one_sentence(f"named *{SUFFIXES[form]}")
+    disguised = ("convert", trained, "--to", "exact", "--output", tmp_path / "network.onnx")
+    run_script(*disguised).assert_one_sentence("for --to exact is named *.pth.tar")
     (tmp_path / "network.bin").write_text("mine")
     beside = ("convert", trained, "--to", "openvino", "--output", tmp_path / "network.xml")
     run_script(*beside).assert_one_sentence("network.bin exists and is kept")

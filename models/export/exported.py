@@ -57,6 +57,11 @@ class ExportedNetwork(nn.Module):
         return str(self.path)
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 3, S, S)
+        if images.shape[-1] != self.image_size:
+            raise UserError(
+                f"{self} computes images of {self.image_size} pixels, not {images.shape[-1]}: leave"
+                " --image_size out, or convert the checkpoint with it"
+            )
         pixels = images.cpu().numpy()
         batch = self.batch or len(pixels)
         padding = pixels[:1].repeat(-len(pixels) % batch, axis=0)

@@ -14,6 +14,7 @@ from scripts.experiments.table import Table, read_table
 from scripts.experiments.verdicts import margin_of
 from utils.checkpoint.files import atomic_write
 from utils.run.command_line import markdown_table
+from utils.run.errors import UserError
 
 plt.switch_backend("Agg")
 plt.rcParams["figure.constrained_layout.use"] = True
@@ -265,14 +266,14 @@ def draw_kernels(ours: Table, paper: Table, column: str, label: str) -> Drawing:
     for axes, (run, rows) in zip(panels, ours.split("run").items(), strict=False):
         values = rows.numbers(column)
         axes.bar(range(len(values)), values, color=OPTIMIZERS[run]["color"])
-        lines = (smallest[seed] for seed in rows.distinct("seed"))
-        places = np.linspace(-0.5, len(values) - 0.5, len(rows.distinct("seed")) + 1)
-        axes.stairs(
-            list(lines), places, color="black", linewidth=0.8, linestyle="--", baseline=None
-        )
+        seeds = rows.split("seed")
+        lines = [smallest.get(seed, np.nan) for seed in seeds]
+        places = np.linspace(-0.5, len(values) - 0.5, len(seeds) + 1)
+        axes.stairs(lines, places, color="black", linewidth=0.8, linestyle="--", baseline=None)
         axes.set(title=run, xlabel="kernel, of all seeds", ylabel=label)
         least, spread = (of_each_seed(rows, column, reduce) for reduce in (np.min, np.std))
-        below = [(r.numbers(column) < smallest[s]).mean() for s, r in rows.split("seed").items()]
+        paired = [(seeds[seed], smallest[seed]) for seed in seeds if seed in smallest]
+        below = [(there.numbers(column) < bound).mean() for there, bound in paired]
         cells = mean_and_margin(least, ".3g"), mean_and_margin(spread, ".3g")
         summary.append([run, *cells, mean_and_margin(np.array(below), ".1%")])
     for row in paper:
@@ -383,6 +384,8 @@ def draw(name: str, table: Path, picture: Path) -> str:
     """
     rows = read_table(table)
     ours, paper = rows.where(source="measured"), rows.where(source="published")
+    if not ours:
+        raise UserError(f"{table} has no measured row: no run that it shows is finished")
     figure, summary = DRAWINGS.get(name, draw_accuracies)(ours, paper)
     atomic_write(picture, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
