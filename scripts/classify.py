@@ -39,7 +39,12 @@ def main() -> None:
     transform = ValTransform(network)
     decoded = [transform(whole_image(path)) for path in arguments.images]
     images = [normalize_batch(pixels[None], shift[None]) for pixels, shift in decoded]
-    names = class_names(arguments.classes, network.model(images[0]).shape[1])
+    outputs = network.model(images[0]).shape[1]
+    names = ResNet34_Weights.DEFAULT.meta["categories"]  # ImageNet's
+    if arguments.classes:
+        names = class_names_of_network(arguments.classes, outputs)
+    elif outputs != len(names):
+        names = [f"class {i}" for i in range(outputs)]
     for path, image in zip(arguments.images, images, strict=True):
         started = time.perf_counter()
         logits = network.model(image)
@@ -47,14 +52,6 @@ def main() -> None:
         probabilities, classes = logits[0].softmax(0).topk(min(5, len(names)))
         for probability, index in zip(probabilities.tolist(), classes.tolist(), strict=True):
             print(f"  {100 * probability:6.2f} %  {names[index]}")
-
-
-def class_names(folder: Path | None, count: int) -> list[str]:
-    """A name for each of `count` classes, in the order of the network's outputs."""
-    if folder is None:
-        imagenet = ResNet34_Weights.DEFAULT.meta["categories"]
-        return imagenet if count == len(imagenet) else [f"class {i}" for i in range(count)]
-    return class_names_of_network(folder, count)
 
 
 if __name__ == "__main__":

@@ -195,16 +195,9 @@ class Graph(fx.Interpreter):
         x = self.apply_affine(x)
         return replace(x, source=self.op.reshape(x.node, self.op.constant([0, -1]), True))
 
-    def identity(self, layer: nn.Identity, x: AffineNode) -> AffineNode:
-        return x
-
     def batch_norm(self, layer: nn.BatchNorm2d, x: AffineNode) -> AffineNode:
-        mean, var, weight, bias = (
-            getattr(layer, name).numpy()
-            for name in ("running_mean", "running_var", "weight", "bias")
-        )
-        scale = weight / np.sqrt(var + layer.eps)
-        return x.affine(scale, bias - mean * scale)
+        scale = layer.weight / torch.sqrt(layer.running_var + layer.eps)
+        return x.affine(scale.numpy(), (layer.bias - layer.running_mean * scale).numpy())
 
     def learned_scale(self, layer: LearnedScale, x: AffineNode) -> AffineNode:
         positions = (layer.row * layer.column).numpy()[None]  # (1, 1, H, W)
@@ -230,13 +223,7 @@ class Graph(fx.Interpreter):
     def sign(self, layer: Sign, x: AffineNode, shift: Tensor | None = None) -> Signs:
         return Signs(x.affine(1.0, 0.0 if shift is None else shift.numpy().ravel()))
 
-    def prelu(
-        self,
-        layer: nn.PReLU,
-        x: AffineNode,
-        before: Tensor | None = None,
-        after: Tensor | None = None,
-    ) -> AffineNode:
+    def prelu(self, layer: nn.PReLU, x: AffineNode, before=None, after=None) -> AffineNode:
         before, after = (0.0 if b is None else b.numpy().ravel() for b in (before, after))
         x = self.apply_affine(x.affine(1.0, before))
         node = self.op.prelu(x.node, self.constant(layer.weight.numpy()))
@@ -287,7 +274,7 @@ class Graph(fx.Interpreter):
     def binary_convolution(self, layer: BinaryConv2d, signs: Signs) -> AffineNode:
         if layer.groups != 1:
             raise UserError(f"layer {self.names[layer]}: no binary convolution has groups")
-        halved = 1 / _repeats(len(signs.x.scale))
+        halved = 1 / (1 + len(signs.x.scale) % 2)
         ones = np.ones(layer.out_channels)
         return AffineNode(BinarySums(self, signs, [layer]), ones * halved, ones * 0)
 
@@ -299,8 +286,8 @@ class Graph(fx.Interpreter):
         by +1 and -1 in turn: that adds nothing, also at the borders.
         """
         t, signs = thresholds(x.scale, x.shift)
-        filled = _repeats(len(t)) * len(t)
-        channels = np.tile(np.arange(len(t)), _repeats(len(t)))
+        channels = np.tile(np.arange(len(t)), 1 + len(t) % 2)
+        filled = len(channels)
         channels = np.pad(channels, (0, -filled % CHANNEL_BLOCK))
         node = x.node
         if len(channels) > len(t):
@@ -326,7 +313,7 @@ class Graph(fx.Interpreter):
 
 
 LAYERS = {
-    nn.Identity: Graph.identity,
+    nn.Identity: lambda graph, layer, x: x,
     nn.Conv2d: Graph.convolution,
     nn.BatchNorm2d: Graph.batch_norm,
     BatchNorm2d: Graph.batch_norm,
@@ -359,10 +346,6 @@ FUNCTIONS = {
 def plain(node: Any, channels: int) -> AffineNode:
     """A node whose values are what it gives."""
     return AffineNode(node, np.ones(channels), np.zeros(channels))
-
-
-def _repeats(channels: int) -> int:
-    return 1 + channels % 2
 
 
 def _geometry(layer: nn.Conv2d) -> tuple[list[int], ...]:

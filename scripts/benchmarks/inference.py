@@ -14,7 +14,6 @@ Weights do not change the time: they are random.
 
 import argparse
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,9 +21,10 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cache, partial
 from itertools import cycle
-from operator import call, itemgetter
+from operator import itemgetter
 from pathlib import Path
 from statistics import median
+from timeit import timeit
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +40,7 @@ from models.export.openvino import load_engine, write_openvino
 from models.export.openvino_selftest import PRECISION
 from models.reference import to_reference
 from scripts.benchmarks.page import add_output_options, table, write_page
-from scripts.benchmarks.timing import call_in, fresh_process, interleaved, processor
+from scripts.benchmarks.timing import fresh_process, interleaved, processor
 from utils.run.command_line import Parser, command, positive
 
 PUBLISHED = {  # top-1 on ImageNet
@@ -128,8 +128,9 @@ def measure_contenders(folder: Path, threads: int, arguments: argparse.Namespace
             for contender, process in zip(CONTENDERS, processes, strict=True):
                 file = folder / contender.file
                 network = contender.engine, file, threads, batch, arguments.image_size
-                sides[contender] = partial(call_in, process, median_seconds, *network)
-            for contender, measurements in interleaved(sides, arguments.rounds, call).items():
+                sides[contender] = partial(process.submit, median_seconds, *network)
+            measured = interleaved(sides, arguments.rounds, lambda submit: submit().result())
+            for contender, measurements in measured.items():
                 milliseconds = [1000 * seconds for seconds, _ in measurements]
                 _, kernels = measurements[0]
                 yield {
@@ -217,9 +218,7 @@ def median_seconds(*network) -> tuple[float, dict[str, int]]:
     compute, kernels = load(*network)
     seconds = []
     while sum(seconds) < SHORTEST_SECONDS:
-        started = time.perf_counter()
-        compute()
-        seconds.append(time.perf_counter() - started)
+        seconds.append(timeit(compute, number=1))
     return median(seconds), kernels
 
 

@@ -1,7 +1,8 @@
 """Loading JPEGs of about ImageNet's size, which are made here, by decoder, resizing and workers."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ def compare(
             name = f"decoder {decoder}, resize {resize}"
             for number in workers:
                 batches = train_loader(dataset, replace(config, workers=number), SINGLE_PROCESS)
-                sides[f"{name}, workers {number}"] = partial(exhaust, batches)
+                sides[f"{name}, workers {number}"] = partial(deque, batches, maxlen=0)  # keeps none
             if not workers:
                 sides[name] = partial(load, paths, dataset.images.loader, dataset.transform)
         return interleaved(sides, rounds)
@@ -58,11 +59,6 @@ def load(paths: Sequence[Path], read: Callable, transform: Callable) -> None:
     torch.manual_seed(0)  # the same crops on all sides
     for start in range(0, len(paths), LOADED):
         default_collate([transform(read(path)) for path in paths[start : start + LOADED]])
-
-
-def exhaust(batches: Iterable) -> None:
-    for _ in batches:
-        pass
 
 
 def write_jpegs(folder: Path, count: int) -> list[Path]:

@@ -70,9 +70,10 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
+    has_gpu = timing.DEVICE.type == "cuda"
     return {
         "date": date.today().isoformat(),
-        "machine": timing.accelerator(),
+        "machine": torch.cuda.get_device_name() if has_gpu else timing.processor(),
         "torch": torch.__version__,
         "network": arguments.model,
         "image_size": arguments.image_size,
@@ -92,10 +93,8 @@ def measure_passes(arguments: argparse.Namespace) -> Iterator[dict]:
         config = training.step2_config(arguments.image_size, batch_size=batch, **options)
         profile = arguments.output and arguments.output / "profile.txt"
         with timing.fresh_process({}) as process:  # which shares no compiled code and no allocator
-            comparison = timing.call_in(
-                process, training.compare, what, config, arguments.rounds, profile
-            )
-        row = {"what": what, "case": case, "batch": batch} | comparison
+            comparison = process.submit(training.compare, what, config, arguments.rounds, profile)
+            row = {"what": what, "case": case, "batch": batch} | comparison.result()
         print(table([pass_line(row)]), flush=True)
         yield row
 
@@ -115,7 +114,7 @@ def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
         images, numbers = cases[what]
         options = images, arguments.image_size, arguments.rounds, choices, numbers
         with timing.fresh_process({}) as process:
-            seconds = timing.call_in(process, loading.compare, *options)
+            seconds = process.submit(loading.compare, *options).result()
         row = {"what": what, "images": images, "seconds": seconds}
         print(loading_table(row), flush=True)
         yield row

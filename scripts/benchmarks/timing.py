@@ -2,16 +2,17 @@
 
 import os
 import platform
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from timeit import default_timer, timeit
 from typing import TypeVar
 
 import torch
 
-Side, Result = TypeVar("Side"), TypeVar("Result")
+Side = TypeVar("Side")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARM_UP_ROUNDS = 2  # not counted; the first one compiles
 
@@ -20,13 +21,10 @@ def clock() -> float:
     """Seconds, once the device has finished what was started on it."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return default_timer()
 
 
-def seconds_of(run: Callable[[], object]) -> float:
-    started = clock()
-    run()
-    return clock() - started
+seconds_of = partial(timeit, timer=clock, number=1)
 
 
 def interleaved(
@@ -35,7 +33,7 @@ def interleaved(
     """What `measure` takes of each side in each round, all sides in turn, after two to warm up.
 
     Args:
-        measure: `operator.call` takes what the sides return.
+        measure: of a side, called with it.
     """
     values = {side: [] for side in sides}
     for _ in range(WARM_UP_ROUNDS + rounds):
@@ -53,10 +51,6 @@ def update_environment(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
-def call_in(process: ProcessPoolExecutor, function: Callable[..., Result], *arguments) -> Result:
-    return process.submit(function, *arguments).result()
-
-
 def processor() -> str:
     """Cores, the CPU's name and whether it counts bits in vectors, where Linux lists it."""
     listing = Path("/proc/cpuinfo")
@@ -65,8 +59,3 @@ def processor() -> str:
     popcount = "with" if "avx512_vpopcntdq" in fields.get("flags", "").split() else "without"
     name = fields.get("model name", platform.processor())
     return f"{os.cpu_count()} cores of {name}, {popcount} AVX-512 VPOPCNTDQ"
-
-
-def accelerator() -> str:
-    """The GPU's name; without one, the processor."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
