@@ -329,11 +329,11 @@ def draw_latents(ours: Table, paper: Table) -> Drawing:
         here, published = of_each_seed(rows, "top1"), paper.where(run=run).numbers("top1")
         axes.set_title(f"{run}: {here.mean():.2f} %", fontsize=10)
         axes.set(yscale="log", ylabel="share of the weights")
+        axes.legend(fontsize=6, ncols=2)  # runs may differ in length
         middle = np.abs(left + right) / 2
         parts = middle < 0.05, (middle > 0.5) & (middle < 0.7), middle > 0.9
         cells = mean_and_margin(here), mean_and_margin(published), rows[-1]["rate_sum"]
         summary.append([run, *cells, *(f"{share[part].sum():.2%}" for part in parts)])
-    panels[0, 0].legend(fontsize=7, ncols=2)
     figure.supxlabel("latent weight", fontsize="medium")
     return figure, summary
 
