@@ -53,12 +53,18 @@ def printable(text: str) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up in a terminal; the first row is the header."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    return "\n".join(
-        "| " + " | ".join(map(str.rjust, row, widths)) + " |" for row in (rows[0], rule, *rows[1:])
-    )
+    """A Markdown table whose columns also line up in a terminal, numbers to the right.
+
+    The first row is the header.
+    """
+    columns = []
+    for column in zip(*rows, strict=True):
+        width = max(map(len, column))
+        has_numbers = any(re.match(r"[-*]*\d", cell) for cell in column[1:])
+        rule = "-" * (width - 1) + ":" if has_numbers else "-" * width
+        justify = str.rjust if has_numbers else str.ljust
+        columns.append([justify(cell, width) for cell in (column[0], rule, *column[1:])])
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
 
 
 class Parser(argparse.ArgumentParser):
