@@ -8,7 +8,14 @@ import pytest
 
 from scripts.experiments import spec
 from scripts.experiments.table import Row, Table, write_table
-from scripts.experiments.verdicts import judge, margin_of, quantity, signed_terms, student_t
+from scripts.experiments.verdicts import (
+    judge,
+    margin_of,
+    quantity,
+    seeds_needed,
+    signed_terms,
+    student_t,
+)
 from utils.run.errors import UserError
 
 
@@ -47,6 +54,14 @@ def test_differences_are_paired_by_seed_and_decided_by_their_interval():
     assert word(one, "equal", tolerance=2) == "seen"
     assert word(one, "equal", tolerance=1) == "not decided"
     assert word(one, "equal", tolerance=0.5) == "contradicted"
+
+
+def test_of_what_is_not_decided_the_seeds_that_would_decide_it_are_counted():
+    # Mean 1, deviation 1: 2.571 / sqrt(6) = 1.05, and 2.447 / sqrt(7) = 0.92.
+    assert seeds_needed(np.array([0.0, 1.0, 2.0]), (0, math.inf)) == 7
+    assert seeds_needed(np.array([0.0, 1.0, 2.0]), (-2, 2)) == 7
+    assert seeds_needed(np.array([-1.0, 1.1, 0.0]), (0, math.inf)) == math.inf
+    assert seeds_needed(np.array([1.0]), (0, math.inf)) == math.inf
 
 
 def test_a_seed_that_lacks_rows_which_another_has_is_left_out():
@@ -90,10 +105,12 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
     write_table(tmp_path / "table4.csv", rows)
     (tmp_path / "about.md").write_text("On ten images.")
     claim = {"column": "top1", "plus": {"run": "A"}, "minus": {"run": "B"}, "paper": "above"}
+    nearly = claim | {"paper": "equal", "tolerance": 1.1}
     claims = [
         claim | {"text": "A is better", "published": 2.93},
         claim | {"text": "late", "added": True},
         claim | {"text": "control", "ours": True, "paper": "below"},
+        nearly | {"text": "equal", "ours": True},
     ]
     experiment = replace(spec.read_experiment("table4", "quick"), claims=claims)
     monkeypatch.setattr(spec, "read_experiment", lambda name, scale: experiment)
@@ -104,6 +121,7 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
     assert "2 claims: 1 seen, 0 contradicted, 0 not decided, 1 not run" in page
     assert "2.93 (above 0)" in page and "1 [0.752, 1.25]" in page and "**seen**" in page
     texts = ("A is better", "late †", "of ours", ": control", "**contradicted**", "On ten images.")
+    assert "**not decided** (7 seeds)" in page
     order = [page.index(text) for text in (*texts, "## table4", "62.00 ±")]
     assert order == sorted(order)
     assert "![table4](table4.png)" in page and (tmp_path / "table4.png").exists()

@@ -39,7 +39,7 @@ def heading(names: list[str], folder: Path) -> list[str]:
     papers, ours = (
         [row for n in names for row in verdict_rows(n, folder, o)] for o in (False, True)
     )
-    words = [row[-1].strip("*") for row in papers if ADDED not in row[0]]
+    words = [row[-1].split("**")[1] for row in papers if ADDED not in row[0]]
     outcomes = (verdicts.SEEN, verdicts.CONTRADICTED, verdicts.NOT_DECIDED, verdicts.NOT_RUN)
     counts = ", ".join(f"{words.count(word)} {word}" for word in outcomes)
     about = folder / "about.md"
@@ -49,7 +49,8 @@ def heading(names: list[str], folder: Path) -> list[str]:
         " runs of that seed. *Seen*: the whole 95 % interval of its mean over the seeds (Student's"
         " t) lies on the paper's side of 0, or within the tolerance of what is to be equal;"
         " *contradicted*, at this scale: wholly outside of it; *not decided*: neither, which is no"
-        " sign of equality, or fewer than three seeds. Nothing is corrected for the number of"
+        " sign of equality, or fewer than three seeds; beside it the number of seeds that would"
+        " decide it, if mean and scatter stay. Nothing is corrected for the number of"
         " claims: of differences that are truly 0, one in 20 is decided wrongly. What has a"
         f"{ADDED} was written when results of the first seed had been seen, and is not counted.",
         markdown_table([["claim of the paper", "quantity", "paper (ImageNet)", *HEADER], *papers]),
@@ -79,7 +80,11 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
         text = f"{link}: {claim['text']}" + ADDED * claim.get("added", False)
         quantity = verdicts.quantity(claim)
         expected = f"{published} ({side})" if published else side
-        judged.append([text, quantity, expected, here, str(count), f"**{verdict.word}**"])
+        word = f"**{verdict.word}**"
+        if verdict.word == verdicts.NOT_DECIDED:
+            needed = min(verdict.needed, verdicts.MOST_SEEDS)
+            word += f" ({'>' * (verdict.needed > needed)}{needed} seeds)"
+        judged.append([text, quantity, expected, here, str(count), word])
     return judged
 
 

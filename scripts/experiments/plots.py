@@ -72,6 +72,7 @@ def draw_line(axes: Axes, rows: Table, column: str, **style: Any) -> None:
     epochs, mean, low, high = over_seeds(rows, "epoch", column)
     (line,) = axes.plot(epochs, mean, markevery=0.2, markersize=4, **style)
     axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def compare_runs(ours: Table, paper: Table, formats: Mapping[str, str]) -> list[list[str]]:

@@ -16,6 +16,7 @@ A claim, in an experiment's YAML, is a quantity and the side of 0 on which the p
 The quantity, sum of `plus` less sum of `minus`, is formed for each seed that has all terms.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from scripts.experiments.table import Table, as_text
 
 SEEN, CONTRADICTED, NOT_DECIDED, NOT_RUN = "seen", "contradicted", "not decided", "not run"
 FEWEST_SEEDS = 3  # two that happen to agree would decide
+MOST_SEEDS = 100
 REDUCTIONS = {
     "mean": np.mean,
     "std": np.std,
@@ -46,6 +48,7 @@ class Verdict(NamedTuple):
     mean: float
     margin: float  # half of the interval; infinite for a single seed
     word: str
+    needed: float  # how many seeds would decide it
 
 
 def judge(claim: Claim, rows: Table) -> Verdict:
@@ -64,17 +67,33 @@ def judge(claim: Claim, rows: Table) -> Verdict:
         word = SEEN
     elif is_enough and (low > most or high < least):
         word = CONTRADICTED
-    return Verdict(values, mean, margin, word)
+    return Verdict(values, mean, margin, word, seeds_needed(values, (least, most)))
+
+
+def seeds_needed(values: np.ndarray, bounds: tuple[float, float]) -> float:
+    """The fewest seeds whose interval holds no bound, if mean and scatter stay as they are.
+
+    Infinite if it is more than `MOST_SEEDS`, or a single value tells of no scatter.
+    """
+    if len(values) > 1:
+        distance = min(abs(values.mean() - bound) for bound in bounds)
+        for count in range(FEWEST_SEEDS, MOST_SEEDS + 1):
+            if half_interval(values, count) < distance:
+                return count
+    return math.inf
 
 
 def margin_of(values: np.ndarray) -> float:
     """Half of the 95 % interval of the mean, by Student's t."""
-    count = len(values)
-    if count < 2:
-        return math.inf
+    return half_interval(values, len(values)) if len(values) > 1 else math.inf
+
+
+def half_interval(values: np.ndarray, count: int) -> float:
+    """Half of the 95 % interval of the mean of `count` values scattered as these."""
     return student_t(count - 1) * values.std(ddof=1) / math.sqrt(count)
 
 
+@functools.cache
 def student_t(freedom: int) -> float:
     """The t between which and -t lie 95 % of Student's distribution.
 
