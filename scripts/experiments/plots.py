@@ -167,7 +167,7 @@ def draw_surfaces(ours: Table, paper: Table) -> Drawing:
         one = rows.where(seed=ours[0]["seed"])
         points = np.unique(one.numbers("alpha"))
         rise = one.numbers("rise").reshape(len(points), -1)
-        shades = above.contourf(points, points, rise.T, levels, extend="max", cmap="cividis")
+        shades = above.contourf(points, points, rise.T, levels, extend="both", cmap="cividis")
         above.contour(points, points, rise.T, levels, colors="black", linewidths=0.4)
         above.set(aspect="equal", title=f"{run}, BN {norm}", xlabel="direction 1")
         distances, means, lows, highs = over_seeds(rows, "distance", "rise")
