@@ -101,7 +101,7 @@ def unpack_train(archive: Path, train: Path) -> None:
             if not folder.exists():
                 partial = folder.with_name(f".{folder.name}")
                 with tarfile.open(fileobj=classes.extractfile(member)) as images:
-                    images.extractall(partial, filter="data")
+                    extract(images, partial)
                 partial.rename(folder)
     unfinished.rename(train)
 
@@ -110,8 +110,14 @@ def unpack_val(archive: Path, unsorted: Path) -> None:
     unfinished = unsorted.with_name(".val.unfinished")
     with tarfile.open(archive) as images:
         members = tqdm(images, "val", IMAGENET_IMAGES["val"], unit="image")
-        images.extractall(unfinished, members, filter="data")
+        extract(images, unfinished, members)
     unfinished.rename(unsorted)
+
+
+def extract(archive: tarfile.TarFile, folder: Path, members: Iterable | None = None) -> None:
+    # Python has filters since 3.11.4, and Debian 12 has 3.11.2.
+    archive.extraction_filter = getattr(tarfile, "data_filter", None)
+    archive.extractall(folder, members)
 
 
 def sort_val(folder: Path, wnids: Sequence[str]) -> None:
