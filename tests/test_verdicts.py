@@ -1,6 +1,7 @@
 """Verdicts on the paper's claims, against cases computed by hand, and the page that shows them."""
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from scripts.experiments import spec
 from scripts.experiments.table import Row, Table, write_table
 from scripts.experiments.verdicts import (
+    Verdict,
     judge,
     margin_of,
     quantity,
@@ -28,11 +30,15 @@ def table(**runs: list[float]) -> Table:
     )
 
 
-def word(a: list[float], paper: str, **more: float) -> str:
-    """The verdict on top1 of run a less that of run b, which is 60, 61 and 62."""
+def verdict(a: list[float], paper: str, **more: float) -> Verdict:
+    """On top1 of run a less that of run b, which is 60, 61 and 62."""
     terms = {"plus": {"run": "a"}, "minus": {"run": "b"}}
     claim = {"column": "top1", "paper": paper, **terms, **more}
-    return judge(claim, table(a=a, b=[60, 61, 62])).word
+    return judge(claim, table(a=a, b=[60, 61, 62]))
+
+
+def word(a: list[float], paper: str, **more: float) -> str:
+    return verdict(a, paper, **more).word
 
 
 def test_intervals_are_those_of_a_printed_table_of_students_t():
@@ -57,11 +63,11 @@ def test_differences_are_paired_by_seed_and_decided_by_their_interval():
 
 
 def test_of_what_is_not_decided_the_seeds_that_would_decide_it_are_counted():
-    # Mean 1, deviation 1: 2.571 / sqrt(6) = 1.05, and 2.447 / sqrt(7) = 0.92.
-    assert seeds_needed(np.array([0.0, 1.0, 2.0]), (0, math.inf)) == 7
-    assert seeds_needed(np.array([0.0, 1.0, 2.0]), (-2, 2)) == 7
-    assert seeds_needed(np.array([-1.0, 1.1, 0.0]), (0, math.inf)) == math.inf
-    assert seeds_needed(np.array([1.0]), (0, math.inf)) == math.inf
+    # Differences 0, 1, 2, deviation 1: 2.571 / sqrt(6) = 1.05, and 2.447 / sqrt(7) = 0.92.
+    assert seeds_needed(verdict([60, 62, 64], "above")) == 7
+    assert seeds_needed(verdict([60, 62, 64], "equal", tolerance=2)) == 7
+    assert seeds_needed(verdict([59, 62.1, 62], "above")) == math.inf  # -1, 1.1, 0
+    assert seeds_needed(verdict([61], "above")) == math.inf
 
 
 def test_a_seed_that_lacks_rows_which_another_has_is_left_out():
@@ -101,7 +107,7 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
     run_script, tmp_path, monkeypatch
 ):
     run_script("experiments.page", tmp_path).assert_one_sentence("has no CSV")
-    rows = [{**row, "top5": 90} for row in table(A=[61, 62.1, 62.9], B=[60, 61, 62])]
+    rows = [{**row, "top5": 90} for row in table(A=[61, 62.1, 62.9], B=[60, 61, 62], C=[60])]
     write_table(tmp_path / "table4.csv", rows)
     (tmp_path / "about.md").write_text("On ten images.")
     claim = {"column": "top1", "plus": {"run": "A"}, "minus": {"run": "B"}, "paper": "above"}
@@ -111,6 +117,7 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
         claim | {"text": "late", "added": True},
         claim | {"text": "control", "ours": True, "paper": "below"},
         nearly | {"text": "equal", "ours": True},
+        claim | {"text": "one seed", "minus": {"run": "C"}, "ours": True},
     ]
     experiment = replace(spec.read_experiment("table4", "quick"), claims=claims)
     monkeypatch.setattr(spec, "read_experiment", lambda name, scale: experiment)
@@ -122,6 +129,7 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
     assert "2.93 (above 0)" in page and "1 [0.752, 1.25]" in page and "**seen**" in page
     texts = ("A is better", "late †", "of ours", ": control", "**contradicted**", "On ten images.")
     assert "**not decided** (7 seeds)" in page
+    assert re.search(r"one seed .* 1 \| \*\*not decided\*\* +\|", page)
     order = [page.index(text) for text in (*texts, "## table4", "62.00 ±")]
     assert order == sorted(order)
     assert "![table4](table4.png)" in page and (tmp_path / "table4.png").exists()

@@ -6,6 +6,7 @@ It writes README.md and NAME.png beside each NAME.csv.  What no CSV says, which 
 that can say, comes from about.md there.
 """
 
+import math
 from pathlib import Path
 
 from scripts.experiments import spec, verdicts
@@ -81,9 +82,9 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
         quantity = verdicts.quantity(claim)
         expected = f"{published} ({side})" if published else side
         word = f"**{verdict.word}**"
-        if verdict.word == verdicts.NOT_DECIDED:
-            needed = min(verdict.needed, verdicts.MOST_SEEDS)
-            word += f" ({'>' * (verdict.needed > needed)}{needed} seeds)"
+        if verdict.word == verdicts.NOT_DECIDED and count > 1:
+            needed = verdicts.seeds_needed(verdict)
+            word += f" ({f'>{verdicts.MOST_SEEDS}' if math.isinf(needed) else needed} seeds)"
         judged.append([text, quantity, expected, here, str(count), word])
     return judged
 

@@ -47,8 +47,8 @@ class Verdict(NamedTuple):
     values: np.ndarray
     mean: float
     margin: float  # half of the interval; infinite for a single seed
+    distance: float  # of the mean from the nearest end of what the paper says
     word: str
-    needed: float  # how many seeds would decide it
 
 
 def judge(claim: Claim, rows: Table) -> Verdict:
@@ -56,40 +56,33 @@ def judge(claim: Claim, rows: Table) -> Verdict:
     values = per_seed(claim, rows)
     mean = values.mean() if len(values) else math.nan
     margin = margin_of(values)
-    low, high = mean - margin, mean + margin
     # What the paper says holds for numbers from `least` to `most`.
     bound = claim.get("tolerance", 0.0)
     sides = {"above": (0.0, math.inf), "below": (-math.inf, 0.0), "equal": (-bound, bound)}
     least, most = sides[claim["paper"]]
+    distance = min(abs(mean - least), abs(mean - most))
     word = NOT_DECIDED if len(values) else NOT_RUN
-    is_enough = len(values) >= FEWEST_SEEDS
-    if is_enough and low > least and high < most:
-        word = SEEN
-    elif is_enough and (low > most or high < least):
-        word = CONTRADICTED
-    return Verdict(values, mean, margin, word, seeds_needed(values, (least, most)))
+    if len(values) >= FEWEST_SEEDS and margin < distance:
+        word = SEEN if least < mean < most else CONTRADICTED
+    return Verdict(values, mean, margin, distance, word)
 
 
-def seeds_needed(values: np.ndarray, bounds: tuple[float, float]) -> float:
-    """The fewest seeds whose interval holds no bound, if mean and scatter stay as they are.
-
-    Infinite if it is more than `MOST_SEEDS`, or a single value tells of no scatter.
-    """
-    if len(values) > 1:
-        distance = min(abs(values.mean() - bound) for bound in bounds)
-        for count in range(FEWEST_SEEDS, MOST_SEEDS + 1):
-            if half_interval(values, count) < distance:
-                return count
+def seeds_needed(verdict: Verdict) -> float:
+    """The fewest seeds that decide it if mean and scatter stay; infinite above `MOST_SEEDS`."""
+    for count in range(FEWEST_SEEDS, MOST_SEEDS + 1):
+        if margin_of(verdict.values, count) < verdict.distance:
+            return count
     return math.inf
 
 
-def margin_of(values: np.ndarray) -> float:
-    """Half of the 95 % interval of the mean, by Student's t."""
-    return half_interval(values, len(values)) if len(values) > 1 else math.inf
+def margin_of(values: np.ndarray, count: int | None = None) -> float:
+    """Half of the 95 % interval of the mean, by Student's t, of `count` values scattered as these.
 
-
-def half_interval(values: np.ndarray, count: int) -> float:
-    """Half of the 95 % interval of the mean of `count` values scattered as these."""
+    Without `count` of these themselves; infinite for a single one.
+    """
+    if len(values) < 2:
+        return math.inf
+    count = count or len(values)
     return student_t(count - 1) * values.std(ddof=1) / math.sqrt(count)
 
 
