@@ -60,7 +60,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     columns = []
     for column in zip(*rows, strict=True):
         width = max(map(len, column))
-        has_numbers = any(re.match(r"[-*]*\d", cell) for cell in column[1:])
+        has_numbers = any(re.match(r"-?\d", cell) for cell in column[1:])
         rule = "-" * (width - 1) + ":" if has_numbers else "-" * width
         justify = str.rjust if has_numbers else str.ljust
         columns.append([justify(cell, width) for cell in (column[0], rule, *column[1:])])
