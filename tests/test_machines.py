@@ -19,7 +19,7 @@ from utils.data.loader import FILE_HANDLES, check_workers
 from utils.run.config import parse_config
 from utils.run.distributed import DistEnv
 from utils.run.errors import UserError
-from utils.run.logging import RunLog
+from utils.run.logging import RunLog, faster_options
 from utils.run.state import TrainState
 
 # One worker has two batches ready besides the one in use, of three bytes a pixel.
@@ -172,6 +172,7 @@ def test_on_a_gpu_the_first_iterations_tell_its_memory_and_the_speed_options_tha
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (14e9, 24e9))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     config = parse_config(STEP1, ["--save", str(tmp_path), "--compile", "true"])
     state = TrainState(iteration=1)
     with RunLog(config, DistEnv(0, 0, 1, torch.device("cuda")), state, iterations=1) as log:
@@ -179,6 +180,26 @@ def test_on_a_gpu_the_first_iterations_tell_its_memory_and_the_speed_options_tha
     line = capsys.readouterr().out
     assert "10.0 of 24.0 GB of GPU memory" in line
     assert line.endswith("; faster with --precision bfloat16 --channels_last true\n")
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "precision", "faster"),
+    [
+        ("cuda", (8, 0), "float32", "--precision bfloat16"),
+        ("cuda", (7, 0), "float32", ""),
+        ("cuda", (7, 0), "bfloat16", "--precision float32"),
+        ("cpu", "AVX512", "bfloat16", ""),
+        ("cpu", "AVX2", "bfloat16_residual", "--precision float32"),
+        ("cpu", "AVX2", "float32", ""),
+    ],
+)
+def test_bfloat16_is_advised_only_where_it_is_not_emulated(
+    device, capability, precision, faster, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    options = ["--precision", precision, "--compile", "true", "--channels_last", "true"]
+    assert faster_options(parse_config(STEP1, options), torch.device(device)) == faster
 
 
 # The installation

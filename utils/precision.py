@@ -30,6 +30,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision.startswith("bfloat16"))
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is slower there than float32: GPUs before Ampere, CPUs without AVX-512."""
+    if device.type == "cuda":
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
 def place(model: nn.Module, config, device: torch.device) -> nn.Module:
     """Move a network in place, and set the precision of its residual path.
 

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from utils.checkpoint.checkpoint import BEST
 from utils.checkpoint.files import atomic_write
 from utils.metrics import HISTOGRAM_LIMIT
+from utils.precision import emulates_bfloat16
 from utils.run.config import Config, as_yaml
 from utils.run.distributed import DistEnv
 from utils.run.errors import UserError
@@ -120,9 +121,8 @@ class RunLog(contextlib.AbstractContextManager):
         if self.dist.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.dist.device)
             line += f", {(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB of GPU memory in use"
-            asked = {k: str(getattr(self.config, k)) for k in FAST}
-            slow = [f"--{k} {v}" for k, v in FAST.items() if not asked[k].startswith(str(v))]
-            line += f"; faster with {' '.join(slow).lower()}" if slow else ""
+        if faster := faster_options(self.config, self.dist.device):
+            line += f"; faster with {faster}"
         self.logger.info(line)
 
     def on_epoch_end(self, state: TrainState) -> None:
@@ -212,6 +212,16 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is not the folder of a run: cannot read {path}") from error
+
+
+def faster_options(config: Config, device: torch.device) -> str:
+    """Options, as on the command line, with which training would be faster on `device`."""
+    best = dict(FAST) if device.type == "cuda" else {}
+    if emulates_bfloat16(device):
+        best["precision"] = "float32"
+    asked = {name: str(getattr(config, name)) for name in best}
+    off = [f"--{name} {v}" for name, v in best.items() if not asked[name].startswith(str(v))]
+    return " ".join(off).lower()
 
 
 def _commit() -> str:
