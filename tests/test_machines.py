@@ -183,7 +183,7 @@ def test_on_a_gpu_the_first_iterations_tell_its_memory_and_the_speed_options_tha
 
 
 @pytest.mark.parametrize(
-    ("device", "capability", "precision", "faster"),
+    ("kind", "capability", "precision", "faster"),
     [
         ("cuda", (8, 0), "float32", "--precision bfloat16"),
         ("cuda", (7, 0), "float32", ""),
@@ -194,12 +194,12 @@ def test_on_a_gpu_the_first_iterations_tell_its_memory_and_the_speed_options_tha
     ],
 )
 def test_bfloat16_is_advised_only_where_it_is_not_emulated(
-    device, capability, precision, faster, monkeypatch
+    kind, capability, precision, faster, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: capability >= (8, 0))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     options = ["--precision", precision, "--compile", "true", "--channels_last", "true"]
-    assert faster_options(parse_config(STEP1, options), torch.device(device)) == faster
+    assert faster_options(parse_config(STEP1, options), torch.device(kind)) == faster
 
 
 # The installation
