@@ -31,7 +31,7 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is slower there than float32: GPUs before Ampere, CPUs without AVX-512."""
+    """Whether bfloat16 is slower there than float32: GPUs before Ampere, x86 without AVX-512."""
     if device.type == "cuda":
         return not torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
