@@ -190,12 +190,13 @@ class NetworkOptions:
         return Sign(self.activation_ste) if self.binary_activations else RealActivation()
 
     def conv(self, *args, **kwargs) -> LatentConv2d:
-        """A convolution that may be binary, without bias; arguments as of `nn.Conv2d`."""
-        if self.binary_weights:
-            conv = BinaryConv2d(*args, bias=False, latent_init=self.latent_init, **kwargs)
-            conv.weight.data.mul_(self.latent_scale)
-            return conv
-        return LatentConv2d(*args, bias=False, **kwargs)
+        """A convolution behind `sign()` that may be binary, without bias; else as `nn.Conv2d`."""
+        if not self.binary_weights:
+            return LatentConv2d(*args, **kwargs)
+        binary = {"latent_init": self.latent_init, "of_signs": self.binary_activations}
+        conv = BinaryConv2d(*args, **binary, **kwargs)
+        conv.weight.data.mul_(self.latent_scale)
+        return conv
 
     def scaled(self, counts: Sequence[int], groups: int = 1) -> list[int]:
         """Channel counts times `width`: the first is rounded, the others stay its multiples.

@@ -47,7 +47,7 @@ def test_layers_are_counted_at_the_size_they_see():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False),
         Sign(),
-        BinaryConv2d(4, 8, 3, bias=False),
+        BinaryConv2d(4, 8, 3),
         nn.Flatten(),
         nn.Linear(8 * 2 * 2, 5),
     )

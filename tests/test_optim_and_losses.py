@@ -150,7 +150,7 @@ class ConvBN(torch.nn.Module):
     def __init__(self, scale: float):
         super().__init__()
         torch.manual_seed(0)
-        self.binary_conv = BinaryConv2d(3, 8, 3, bias=False, latent_init="symmetric")
+        self.binary_conv = BinaryConv2d(3, 8, 3, latent_init="symmetric")
         self.binary_conv.weight.data.mul_(scale)
         self.bn = torch.nn.BatchNorm2d(8, eps=1e-15)
         self.double()

@@ -10,6 +10,7 @@ from conftest import CPU, config_with
 from torch import nn
 
 from models import build_model
+from models.layers import NetworkOptions
 from models.reference import to_reference
 from utils.binarize import BinaryConv2d, RPReLU, Sign, channel_scale
 from utils.engine import train_one_epoch
@@ -38,7 +39,7 @@ def batch(count: int = 6, dtype: torch.dtype = torch.float32, device: torch.devi
 
 def test_bfloat16_sums_of_signs_are_exact_and_only_the_output_is_rounded(device):
     torch.manual_seed(0)
-    conv = BinaryConv2d(8, 6, 3, padding=1, bias=False, latent_init="symmetric").to(device)
+    conv = BinaryConv2d(8, 6, 3, padding=1, latent_init="symmetric").to(device)
     binary = torch.where(torch.randn(2, 8, 7, 7) < 0, -1.0, 1.0).to(device)
     exact = conv.double()(binary.double())
     with autocast(device, "bfloat16"):
@@ -48,12 +49,19 @@ def test_bfloat16_sums_of_signs_are_exact_and_only_the_output_is_rounded(device)
     torch.testing.assert_close(rounded.double(), exact, rtol=2**-8, atol=1e-6)
 
 
-def test_float32_sums_of_signs_are_whole_numbers(device):
+@pytest.mark.parametrize("binary_activations", [True, False])
+def test_float32_sums_of_signs_and_no_others_are_rounded_to_whole_numbers(
+    device, binary_activations
+):
     torch.manual_seed(0)
-    conv = BinaryConv2d(64, 64, 3, padding=1, bias=False, latent_init="symmetric").to(device)
-    conv.weight.data.sign_()  # of scale 1
-    y = conv(torch.where(torch.randn(8, 64, 14, 14) < 0, -1.0, 1.0).to(device))
-    assert torch.equal(y, y.round()) and (y == 0).any()
+    options = NetworkOptions(binary_activations=binary_activations, latent_init="symmetric")
+    layers = nn.Sequential(options.sign(), options.conv(64, 64, 3, padding=1)).to(device)
+    layers[1].weight.data.sign_()  # of scale 1
+    x = torch.randn(8, 64, 14, 14, device=device)
+    y, exact = layers(x), layers.double()(x.double())
+    assert torch.equal(y, y.round()) == binary_activations
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=0 if binary_activations else 1e-4)
+    assert not binary_activations or (y == 0).any()
 
 
 @pytest.mark.parametrize("low", ["bfloat16", "bfloat16_residual"])
@@ -155,7 +163,7 @@ def test_a_compiled_block_computes_what_the_eager_one_does(name, part, device):
 
 @needs_compiler
 def test_a_compiled_binary_convolution_has_the_bfloat16_numbers_of_the_eager_one(device):
-    conv = BinaryConv2d(4, 6, 3, bias=False).to(device)
+    conv = BinaryConv2d(4, 6, 3).to(device)
     x = torch.randn(2, 4, 8, 8).sign().to(device)
     with autocast(device, "bfloat16"):
         eager, fast = (f(x) for f in (conv, compiled(conv, COMPILED)))
@@ -215,7 +223,7 @@ def test_accumulation_gives_loss_and_gradient_of_the_batch_where_there_is_no_bn(
 
 
 def test_latent_scale_is_applied_after_the_convolution_in_bfloat16(device):
-    conv = BinaryConv2d(1, 1, 1, bias=False).to(device)
+    conv = BinaryConv2d(1, 1, 1).to(device)
     conv.weight.data.fill_(1 + 2**-7 + 2**-12)  # not a bfloat16
     with autocast(device, "bfloat16"):
         y = conv(torch.full((1, 1, 1, 1), -1.0, device=device))

@@ -59,7 +59,7 @@ def test_rprelu_has_the_reference_values_and_gradients(device, shifts):
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 1, 0)])
 def test_binary_convolution_has_the_reference_values_and_gradients(device, kernel, stride, padding):
-    conv = binarize.BinaryConv2d(6, 4, kernel, stride, padding, bias=False, latent_init="symmetric")
+    conv = binarize.BinaryConv2d(6, 4, kernel, stride, padding, latent_init="symmetric")
     conv.weight.data.mul_(8)  # so that some latent weights are beyond 1
     assert (conv.weight.abs() > 1).any()
     assert_as_reference(conv, *leaves(device, (2, 6, 9, 8)), value_tolerance=1e-5)

@@ -1,6 +1,6 @@
 """Binarization: Sign with its straight-through estimators, and the scaled weight binarizer.
 
-    Sign(x) = -1 if x < 0 else +1                 activations and latent weights (paper, Sec. 3)
+    Sign(x) = -1 if x < 0 else +1                 activations and latent weights
     RSign(x) = Sign(x + b)                        one threshold b per channel (ReActNet)
     w_b[o] = mean|w[o]| * Sign(w[o])              weights of output channel o
     RPReLU(x) = PReLU(x + b1) + b2                slope and shifts per channel (ReActNet)
@@ -88,20 +88,21 @@ class ScaledSignClipSTE(torch.autograd.Function):
 class BinaryConvolution(torch.autograd.Function):
     """y = conv(x, w_b) = conv(x, Sign(w)) * mean|w|;  dL/dw := dL/dw_b * 1[|w| <= 1].
 
-    The scale comes after the convolution, whose sums of -1 and +1 are then whole numbers, exact in
-    any order of summation: a sum of 0 is exactly 0, and a PReLU behind it takes the right slope.
-    In a lower precision the forward pass rounds y alone.
+    The scale comes after the convolution, whose sums `of_signs`, of -1 and +1, are then whole
+    numbers, exact in any order of summation: a sum of 0 is exactly 0, and a PReLU behind it takes
+    the right slope.  In a lower precision the forward pass rounds y alone.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, stride, padding, dilation, groups: int) -> Tensor:
-        ctx.geometry = (stride, padding, dilation, groups)
+    def forward(ctx, x: Tensor, w: Tensor, of_signs: bool, *geometry) -> Tensor:
+        ctx.geometry = geometry  # stride, padding, dilation, groups
         dtype = _autocast_dtype(x)
         x = x.to(dtype)
         ctx.save_for_backward(x, w)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
-        if y.is_cuda and dtype == torch.float32:
-            y = y.round()  # some of cuDNN's algorithms, such as Winograd's, round on their way
+        if of_signs and dtype == torch.float32:
+            # Some algorithms of cuDNN, such as Winograd's, round on their way.
+            y = torch.round(y, out=_overwrite(y))
         y = torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y))
         return to_dtype(y, dtype)
 
@@ -117,7 +118,7 @@ class BinaryConvolution(torch.autograd.Function):
         )
         if grad_w is not None:
             grad_w = clip_weight_gradient(grad_w, w)
-        return grad_x, grad_w, None, None, None, None
+        return grad_x, grad_w, None, None, None, None, None
 
 
 class RPReLUFunction(torch.autograd.Function):
@@ -223,26 +224,32 @@ class RPReLU(nn.PReLU):
 
 
 class LatentConv2d(nn.Conv2d):
-    """A convolution whose weights will be binary in step 2 and are real-valued in step 1."""
+    """A convolution without bias whose weights are real-valued in step 1, binary in step 2."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, bias=False, **kwargs)
 
 
 class BinaryConv2d(LatentConv2d):
     """A convolution whose `weight` holds the latent weights and convolves their binarized form.
 
     Args:
+        args, kwargs: of `nn.Conv2d`, which here has no bias and pads with zeros.
         latent_init: "positive", `rand * 0.001` as in the released code (training from scratch then
             starts with every sign at +1), or "symmetric", the default init of `nn.Conv2d`.
+        of_signs: whether Sign stands before it, so that its inputs are -1 and +1.
 
     Raises:
         UserError: an unknown `latent_init`.
     """
 
-    def __init__(self, *args, latent_init: str = "positive", **kwargs):
+    def __init__(self, *args, latent_init: str = "positive", of_signs: bool = False, **kwargs):
         if latent_init not in LATENT_INITS:
             raise UserError(
                 f"unknown latent_init {latent_init!r}: choose one of {', '.join(LATENT_INITS)}"
             )
         self.latent_init = latent_init
+        self.of_signs = of_signs
         super().__init__(*args, **kwargs)
 
     def reset_parameters(self) -> None:
@@ -252,7 +259,7 @@ class BinaryConv2d(LatentConv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: None) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return BinaryConvolution.apply(x, weight, *geometry)
+        return BinaryConvolution.apply(x, weight, self.of_signs, *geometry)
 
 
 # Helpers

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.binarize import Sign, add_shift, latent_convolutions
+from utils.binarize import Sign, add_shift, channel_scale, latent_convolutions
 from utils.run.errors import UserError
 
 HISTOGRAM_LIMIT = 1.5  # latent weights beyond it count as at it
 
 
 def ff_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
-    """Flip-flop ratio of one update: sum |Sign(w') - Sign(w)| / 2 / N_total (paper, Eq. 6).
+    """Flip-flop ratio of one update: sum |Sign(w') - Sign(w)| / 2 / N_total.
 
     Args:
         before, after: layer name -> signs.
@@ -38,8 +38,8 @@ def ff_ratio(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float
 def c2i_ratio(initial: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> float:
     """Correlation to initialization: 1 - the share of signs that differ from their first ones.
 
-    The authors' slides print a further factor 1/2 in Eq. 7, with which it could never fall below
-    0.5, as published values do.
+    The authors' slides print a further factor 1/2, with which it could never fall below 0.5, as
+    published values do.
     """
     return 1 - ff_ratio(initial, final)
 
@@ -51,7 +51,7 @@ def saturation(x: Tensor) -> float:
 
 def channel_absolute_mean(weight: Tensor) -> Tensor:
     """CAM: mean |w| over each output kernel, (O, I, kH, kW) -> (O,).  Of an update: update CAM."""
-    return weight.abs().flatten(1).mean(1)
+    return channel_scale(weight).flatten()
 
 
 def sdam(weight: Tensor) -> float:

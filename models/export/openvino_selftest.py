@@ -25,7 +25,7 @@ class SelfTestLayer(nn.Module):
         scale = rng.choice([1.0, -1.0, 0.5, 0.0], inputs, p=[0.5, 0.3, 0.15, 0.05])
         self.norm = norm(scale, rng.integers(-4, 5, inputs) / 8)
         self.sign = Sign()
-        self.conv = BinaryConv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.conv = BinaryConv2d(inputs, outputs, kernel, stride, kernel // 2)
         self.conv.weight.data = torch.from_numpy(rng.choice([-1.0, 1.0], self.conv.weight.shape))
         self.keeps_shape = inputs == outputs and stride == 1
         if self.keeps_shape:
