@@ -171,6 +171,7 @@ def test_unknown_experiment_scale_and_option_list_what_there_is(experiment):
     experiment("fig9").assert_one_sentence("unknown experiment 'fig9'", "fig1", "table4")
     experiment("fig2", "--scale", "huge").assert_one_sentence("small", "imagenet")
     experiment("fig2", "--momentum", "1").assert_one_sentence("--momentum", "--epochs")
+    experiment("fig6", "--momentum", "1").assert_one_sentence("--momentum", "--epochs")
 
 
 def test_a_run_that_stops_says_which_and_why(experiment, tmp_path):
@@ -285,10 +286,15 @@ def test_progress_tells_the_hours_left_from_the_epochs_recorded(options, tmp_pat
     assert runner.progress(runs, jobs=1) == "1 of 2 runs, 10 of 20 epochs, 2.5 h left"
 
 
-def test_a_missing_table_or_one_without_a_needed_column_is_one_sentence(experiment, tmp_path):
+def test_a_table_that_is_missing_damaged_or_without_a_needed_column_is_one_sentence(
+    experiment, tmp_path
+):
     (tmp_path / "fig8.csv").write_text("source,run,top1\nmeasured,Adam 1,50\n")
     experiment("fig8", "--redraw").assert_one_sentence("no column 'optimizer'")
     experiment("fig5", "--redraw").assert_one_sentence("cannot read", "fig5.csv")
+    damaged = "source,optimizer,learning_rate,top1\nmeasured,SGD,0.1,5O\n"
+    (tmp_path / "fig8.csv").write_text(damaged)
+    experiment("fig8", "--redraw").assert_one_sentence("fig8.csv is incomplete")
     (tmp_path / "fig7.csv").write_text("source,run\npublished,Adam one-step\n")
     experiment("fig7", "--redraw").assert_one_sentence("fig7.csv has no measured row")
     assert not list(tmp_path.glob("*.png"))

@@ -110,11 +110,13 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
     rows = [{**row, "top5": 90} for row in table(A=[61, 62.1, 62.9], B=[60, 61, 62], C=[60])]
     write_table(tmp_path / "table4.csv", rows)
     (tmp_path / "about.md").write_text("On ten images.")
+    (tmp_path / "found.yaml").write_text("table4: A is right of B.")
     claim = {"column": "top1", "plus": {"run": "A"}, "minus": {"run": "B"}, "paper": "above"}
     nearly = claim | {"paper": "equal", "tolerance": 1.1}
     claims = [
         claim | {"text": "A is better", "published": 2.93},
         claim | {"text": "late", "added": True},
+        claim | {"text": "beside the point", "flawed": True},
         claim | {"text": "control", "ours": True, "paper": "below"},
         nearly | {"text": "equal", "ours": True},
         claim | {"text": "one seed", "minus": {"run": "C"}, "ours": True},
@@ -127,9 +129,18 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
     page = (tmp_path / "README.md").read_text()
     assert "2 claims: 1 seen, 0 contradicted, 0 not decided, 1 not run" in page
     assert "2.93 (above 0)" in page and "1 [0.752, 1.25]" in page and "**seen**" in page
-    texts = ("A is better", "late †", "of ours", ": control", "**contradicted**", "On ten images.")
+    texts = (
+        "A is better",
+        "late †",
+        "beside the point ‡",
+        "of ours",
+        ": control",
+        "**contradicted**",
+        "On ten images.",
+    )
     assert "**not decided** (7 seeds)" in page
     assert re.search(r"one seed .* 1 \| \*\*not decided\*\* +\|", page)
-    order = [page.index(text) for text in (*texts, "## table4", "62.00 ±")]
+    section = ("## table4", "*Claim:*", "*Picture:*", "*Found:* A is right of B.", "62.00 ±")
+    order = [page.index(text) for text in (*texts, *section)]
     assert order == sorted(order)
     assert "![table4](table4.png)" in page and (tmp_path / "table4.png").exists()

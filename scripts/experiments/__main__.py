@@ -28,6 +28,7 @@ from scripts.experiments.table import write_table
 from scripts.experiments.workers import Worker
 from utils.precision import set_precision
 from utils.run.command_line import Parser, command, positive
+from utils.run.config import parse_config
 from utils.run.distributed import init_distributed
 from utils.run.errors import UserError
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--finished", action="store_true", help="only measure what is trained")
     parser.add_argument("--redraw", action="store_true", help="draw OUT/NAME.csv, nothing else")
     arguments, options = parser.parse_known_args()
+    parse_config(spec.ROOT / "step2" / "config.yaml", options)  # also where nothing is trained
     out = (arguments.out or spec.ROOT / "scripts" / "out" / arguments.scale).absolute()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.seeds)
     problems = []

@@ -2,12 +2,15 @@
 
     python -m scripts.experiments.page docs/results/experiments
 
-It writes README.md and NAME.png beside each NAME.csv.  What no CSV says, which scale it is and what
-that can say, comes from about.md there.
+It writes README.md and NAME.png beside each NAME.csv.  What no CSV says comes from two files there:
+about.md, which scale it is and what that can say, and found.yaml, what each picture shows.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+
+import yaml
 
 from scripts.experiments import spec, verdicts
 from scripts.experiments.plots import draw
@@ -16,7 +19,7 @@ from utils.checkpoint.files import atomic_write
 from utils.run.command_line import Parser, command, markdown_table
 from utils.run.errors import UserError
 
-ADDED = " †"
+MARKS = {"added": " †", "flawed": " ‡"}  # of claims that are not counted
 HEADER = ["here, 95 % interval", "seeds", "verdict"]
 
 
@@ -30,7 +33,9 @@ def main() -> None:
         raise UserError(f"{folder} has no CSV of an experiment: copy them there")
     # Tables, then figures, then what is not of the paper.
     names = sorted(spec.experiment_names(), key=lambda n: ("table" not in n, "fig" not in n))
-    sections = [section(name, folder) for name in names if name in measured]
+    found = folder / "found.yaml"
+    sentences = yaml.safe_load(found.read_text()) if found.exists() else {}
+    sections = [section(name, folder, sentences) for name in names if name in measured]
     page = "\n\n".join([*heading(names, folder), *sections])
     atomic_write(folder / "README.md", lambda file: file.write(f"{page}\n".encode()))
     print(folder / "README.md")
@@ -40,7 +45,8 @@ def heading(names: list[str], folder: Path) -> list[str]:
     papers, ours = (
         [row for n in names for row in verdict_rows(n, folder, o)] for o in (False, True)
     )
-    words = [row[-1].split("**")[1] for row in papers if ADDED not in row[0]]
+    marks = tuple(MARKS.values())
+    words = [row[-1].split("**")[1] for row in papers if not row[0].endswith(marks)]
     outcomes = (verdicts.SEEN, verdicts.CONTRADICTED, verdicts.NOT_DECIDED, verdicts.NOT_RUN)
     counts = ", ".join(f"{words.count(word)} {word}" for word in outcomes)
     about = folder / "about.md"
@@ -52,8 +58,12 @@ def heading(names: list[str], folder: Path) -> list[str]:
         " *contradicted*, at this scale: wholly outside of it; *not decided*: neither, which is no"
         " sign of equality, or fewer than three seeds; beside it the number of seeds that would"
         " decide it, if mean and scatter stay. Nothing is corrected for the number of"
-        " claims: of differences that are truly 0, one in 20 is decided wrongly. What has a"
-        f"{ADDED} was written when results of the first seed had been seen, and is not counted.",
+        " claims: of differences that are truly 0, one in 20 is decided wrongly. Not counted are"
+        f"{MARKS['added']}, written when results of the first seed had been seen, and"
+        f"{MARKS['flawed']}, written before, but found to ask something else than the paper says."
+        " FF ratio: share of the signs that one update flips, the mean over a training; C2I ratio:"
+        " share that still is as at the start; CAM: mean |w| of a kernel; SDAM: its standard"
+        " deviation over the kernels of a layer; saturation: share of activations beyond 1.",
         markdown_table([["claim of the paper", "quantity", "paper (ImageNet)", *HEADER], *papers]),
         markdown_table([["control or extension of ours", "quantity", "expected", *HEADER], *ours]),
         *([about.read_text().strip()] if about.exists() else []),
@@ -78,7 +88,8 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
         side = f"{claim['paper']} 0"
         side += f" ± {claim['tolerance']:g}" if "tolerance" in claim else ""
         link = f"[{name}](#{name})" if table.exists() else name
-        text = f"{link}: {claim['text']}" + ADDED * claim.get("added", False)
+        marks = "".join(mark for key, mark in MARKS.items() if claim.get(key))
+        text = f"{link}: {claim['text']}{marks}"
         quantity = verdicts.quantity(claim)
         expected = f"{published} ({side})" if published else side
         word = f"**{verdict.word}**"
@@ -89,12 +100,14 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
     return judged
 
 
-def section(name: str, folder: Path) -> str:
-    """Picture and table of an experiment, under its name."""
+def section(name: str, folder: Path, found: Mapping[str, str]) -> str:
+    """Picture and table of an experiment, and what was `found`, under its name."""
     experiment = spec.read_experiment(name, "quick")
     table = draw(name, folder / f"{name}.csv", folder / f"{name}.png")
-    look = " ".join(experiment.look.split())
-    return f"## {name}\n\n{experiment.title}\n\n![{name}]({name}.png)\n\n*{look}*\n\n{table}"
+    texts = {"Claim": experiment.claim, "Picture": experiment.look, "Found": found.get(name, "")}
+    lines = [f"*{key}:* {' '.join(text.split())}" for key, text in texts.items() if text]
+    picture = f"![{name}]({name}.png)"
+    return "\n\n".join([f"## {name}", experiment.title, picture, "<br>\n".join(lines), table])
 
 
 if __name__ == "__main__":

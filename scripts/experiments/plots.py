@@ -1,6 +1,7 @@
 """Draw a table or figure of the paper from its CSV, and make a Markdown table of its numbers."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ OPTIMIZERS = {
     "Adam": {"color": "tab:blue", "linestyle": "-", "marker": "o"},
 }
 STAR = {"marker": "*", "s": 120, "edgecolors": "black", "linewidths": 0.6, "zorder": 3}
-TRIANGLE = {"marker": "^", "edgecolors": "black"}
+TRIANGLE = {"marker": "^", "edgecolors": "black", "zorder": 3}
 # Columns of the Markdown tables.
 ACCURACY = {"top1": ".2f", "top5": ".2f"}
 STABILITY = {"ff_ratio": ".2e", "c2i_ratio": ".4f", "top1": ".2f", "decay_to_gradient": ".2g"}
@@ -97,12 +98,16 @@ def draw_table1(ours: Table, paper: Table) -> Drawing:
     figure, panels = plt.subplots(1, 2, figsize=(11, 5.5))
     runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
     for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
+        squares = itertools.cycle(("none", "full"))
         for place, run in enumerate(runs):
             rows = source.where(run=run)
             if not rows:
                 continue
-            marker = "s" if run.startswith("two-step") else MARKERS[2 + place % 8]
-            look = {"color": f"C{place}", "marker": marker, "linestyle": "", "capsize": 3}
+            look = {"color": f"C{place}", "linestyle": "", "capsize": 3}
+            if run.startswith("two-step"):
+                look |= {"marker": "s", "fillstyle": next(squares)}
+            else:
+                look |= {"marker": MARKERS[2 + place % 8]}
             ff, c2i, top1 = (rows.numbers(name) for name in ("ff_ratio", "c2i_ratio", "top1"))
             label = f"{run}: {top1.mean():.2f} %"
             axes.errorbar(ff.mean(), c2i.mean(), bar(c2i), bar(ff), label=label, **look)
@@ -168,7 +173,7 @@ def draw_surfaces(ours: Table, paper: Table) -> Drawing:
         points = np.unique(one.numbers("alpha"))
         rise = one.numbers("rise").reshape(len(points), -1)
         shades = above.contourf(points, points, rise.T, levels, extend="both", cmap="cividis")
-        above.contour(points, points, rise.T, levels, colors="black", linewidths=0.4)
+        above.contour(points, points, rise.T, levels[1:], colors="black", linewidths=0.4)
         above.set(aspect="equal", title=f"{run}, BN {norm}", xlabel="direction 1")
         distances, means, lows, highs = over_seeds(rows, "distance", "rise")
         below.plot(distances, means, color="black")
@@ -180,7 +185,9 @@ def draw_surfaces(ours: Table, paper: Table) -> Drawing:
         summary.append([run, norm, *(mean_and_margin(rises, ".3g") for rises in at)])
     panels[0, 0].set_ylabel("direction 2")
     panels[1, 0].set_ylabel("rise of the loss: mean and range")
-    figure.colorbar(shades, ax=panels[0].tolist(), label="rise of the loss", shrink=0.8)
+    figure.colorbar(
+        shades, ax=panels[0].tolist(), label="rise of the loss", shrink=0.8, format="%.2f"
+    )
     return figure, summary
 
 
@@ -201,11 +208,12 @@ def draw_curves(ours: Table, paper: Table) -> Drawing:
         published = paper.where(run=run).numbers("val_top1")
         summary.append([run, *cells, mean_and_margin(published, ".0f")])
         for values, marker in ((last.numbers("fixed_train_top1"), TRIANGLE), (published, STAR)):
-            epochs = [int(last[0]["epoch"])] * len(values)
-            axes.scatter(epochs, values, color=look["color"], **marker)
+            place = int(last[0]["epoch"]) + (0.6 if optimizer == "Adam" else 1.4)
+            fill = look["color"] if optimizer == "Adam" else "white"
+            axes.scatter([place] * len(values), values, color=fill, **marker)
         axes.set(title=kind, xlabel="epoch", ylabel="top-1 %")
-    panels[0].scatter([], [], color="white", **STAR, label="published end (ImageNet)")
-    label = "training images as in validation"
+    panels[0].scatter([], [], color="white", **STAR, label="published end (ImageNet; filled: Adam)")
+    label = "training images as in validation (filled: Adam)"
     panels[0].scatter([], [], color="white", **TRIANGLE, label=label)
     panels[0].legend(fontsize=8)
     return figure, summary
@@ -230,7 +238,8 @@ def draw_activations(ours: Table, paper: Table) -> Drawing:
         title = f"{run}, {epoch} epoch: {here.mean():.1%} saturated (published {published:.1%})"
         axes.set_title(title, fontsize=9)
         summary.append([run, epoch, mean_and_margin(here, ".2%"), f"{published:.2%}"])
-    figure.supxlabel("input of the first Sign (hatched: saturated)", fontsize="medium")
+    label = "input of the first Sign (hatched: saturated; the outermost bars hold all beyond)"
+    figure.supxlabel(label, fontsize="medium")
     figure.supylabel("share", fontsize="medium")
     return figure, summary
 
@@ -241,14 +250,16 @@ def draw_layers(ours: Table, paper: Table) -> Drawing:
     shown = [layers[place] for place in np.linspace(0, len(layers) - 1, 4).round().astype(int)]
     figure, panels = plt.subplots(2, len(shown), figsize=(13, 6), sharex=True)
     columns = {"saturation": ".2%", "sdam": ".2e"}
+    titles = {"saturation": "saturation", "sdam": "SDAM"}
     for above_and_below, layer in zip(panels.T, shown, strict=True):
         for axes, column in zip(above_and_below, columns, strict=True):
             for run, rows in ours.where(layer=layer).split("run").items():
                 draw_line(axes, rows, column, label=run, **OPTIMIZERS[run])
-            axes.set(title=f"layer {layer}", ylabel="" if layer != layers[0] else column)
+            axes.set(title=f"layer {layer}", ylabel="" if layer != layers[0] else titles[column])
     panels[0, 0].legend()
     figure.supxlabel("epoch", fontsize="medium")
-    summary = [["layer", *(f"{column}, {run}" for column in columns for run in runs)]]
+    header = [f"{title}, {run}" for title in titles.values() for run in runs]
+    summary = [["layer, last epoch", *header]]
     for layer, rows in ours.where(epoch=ours[-1]["epoch"]).split("layer").items():
         cells = [layer]
         for column, form in columns.items():
@@ -278,8 +289,10 @@ def draw_kernels(ours: Table, paper: Table, column: str, label: str) -> Drawing:
         cells = mean_and_margin(least, ".3g"), mean_and_margin(spread, ".3g")
         summary.append([run, *cells, mean_and_margin(np.array(below), ".1%")])
     for row in paper:
-        published = [row.get(name) or "" for name in ("smallest_cam", "sdam", "share_below")]
-        summary.append([f"{row['run']}, published", *published])
+        published = [row.get(name) or "" for name in ("smallest_cam", "sdam")]
+        share = row.get("share_below")
+        below = f"{float(share):.1%}" if share else ""
+        summary.append([f"{row['run']}, published", *published, below])
     return figure, summary
 
 
@@ -381,13 +394,18 @@ def draw(name: str, table: Path, picture: Path) -> str:
     """Draw the CSV `table` of experiment `name` as a PNG file, and return its Markdown table.
 
     Raises:
-        UserError: a CSV that cannot be read or is not of this experiment.
+        UserError: a CSV that cannot be read, is not of this experiment or lacks cells.
     """
     rows = read_table(table)
     ours, paper = rows.where(source="measured"), rows.where(source="published")
     if not ours:
         raise UserError(f"{table} has no measured row: no run that it shows is finished")
-    figure, summary = DRAWINGS.get(name, draw_accuracies)(ours, paper)
+    try:
+        figure, summary = DRAWINGS.get(name, draw_accuracies)(ours, paper)
+    except UserError:
+        raise
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{table} is incomplete or of another experiment: measure again") from error
     atomic_write(picture, lambda file: figure.savefig(file, format="png", dpi=110))
     plt.close(figure)
     return markdown_table(summary)

@@ -49,7 +49,7 @@ def read_table(path: Path) -> Table:
     try:
         with path.open(newline="") as file:
             return Table(map(Row, csv.DictReader(file)))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 

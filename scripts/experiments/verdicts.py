@@ -12,6 +12,7 @@ A claim, in an experiment's YAML, is a quantity and the side of 0 on which the p
     quantity    in words, where those made of the terms would not be clear
     ours        true for a control or an extension, which is not the paper's
     added       true for a claim written when results of a seed had been seen
+    flawed      true for a claim that turned out to ask something else than the paper says
 
 The quantity, sum of `plus` less sum of `minus`, is formed for each seed that has all terms.
 """

@@ -58,7 +58,8 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     The first row is the header.
     """
     columns = []
-    for column in zip(*rows, strict=True):
+    for cells in zip(*rows, strict=True):
+        column = [cell.replace("|", r"\|") for cell in cells]
         width = max(map(len, column))
         has_numbers = any(re.match(r"-?\d", cell) for cell in column[1:])
         rule = "-" * (width - 1) + ":" if has_numbers else "-" * width
