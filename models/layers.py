@@ -179,7 +179,7 @@ class NetworkOptions:
 
     binary_activations: bool = True  # Sign before each convolution that may be binary
     binary_weights: bool = True  # these convolve with mean|w| * Sign(w) of their latent weights
-    activation_ste: str = "polynomial"  # gradient of Sign, as in the released code, or "clip"
+    activation_ste: str = "polynomial"  # gradient of Sign, a key of ACTIVATION_STES
     width: float = 1.0  # multiplies every channel count
     small_images: bool = False  # for 32 pixels: stride 8, not 32; the head still sees 4x4 positions
     latent_init: str = "positive"  # start of latent weights, as released, or "symmetric"

@@ -43,13 +43,18 @@ class DenseImprovementPair(nn.Module):
         return torch.cat([x, new], dim=1)
 
 
-def conv_bn_relu(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1):
+def conv_bn_relu(
+    in_channels: int, out_channels: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
     conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, groups=groups, bias=False)
     return conv, nn.BatchNorm2d(out_channels), nn.ReLU()
 
 
 def transition(in_channels: int, out_channels: int, pools: bool) -> nn.Sequential:
-    """BN -> max pooling -> ReLU -> real 1x1: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2))."""
+    """BN -> max pooling -> ReLU -> real 1x1: (N, C, H, W) -> (N, C', ceil(H/2), ceil(W/2)).
+
+    H and W stay where it does not pool.
+    """
     return nn.Sequential(
         nn.BatchNorm2d(in_channels),
         nn.MaxPool2d(2, ceil_mode=True) if pools else nn.Identity(),

@@ -55,7 +55,7 @@ def test_relative_paths_count_from_the_file_or_from_the_command(tmp_path, monkey
         ("init_from", "none", None),
         ("sync_bn", "true", True),
         ("weight_decay", "-1e-4", -1e-4),
-        ("optimizer_options", "{momentum: 0.9}", {"momentum": 0.9}),
+        ("optimizer_options", "{betas: [0, 0.9], eps: 1e-5}", {"betas": [0, 0.9], "eps": 1e-5}),
         ("save", "2021", str(Path.cwd() / "2021")),
     ],
 )
@@ -137,6 +137,13 @@ def test_only_settings_that_change_the_result_forbid_a_continuation():
     config = parse_config(STEP1, [])
     other = parse_config(STEP1, ["--data", "elsewhere", "--workers", "1", "--epochs", "3"])
     assert config.differences(vars(other)) == ["epochs 256 (there 3)"]
+    # Another place may hold the same; another built-in set, or a start from nothing, does not.
+    first = parse_config(STEP2, ["--data", "shapes", "--init_from", "a.pth"])
+    moved = parse_config(STEP2, ["--data", "shapes", "--init_from", "b.pth"])
+    other = parse_config(STEP2, ["--data", "cifar10", "--init_from", "none"])
+    assert first.differences(vars(moved)) == []
+    named = [difference.split()[0] for difference in first.differences(vars(other))]
+    assert named == ["data", "init_from"]
 
 
 def test_saved_configuration_is_checked_like_any_other():

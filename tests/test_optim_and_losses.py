@@ -62,6 +62,7 @@ def test_other_optimizers_are_built_by_name_with_their_options():
         ("Adamm", {}, "unknown optimizer 'Adamm'"),
         ("Adam", {"momentum": 0.9}, "optimizer Adam with .* cannot be built"),
         ("SparseAdam", {}, "knows no weight decay"),
+        ("Adam", {"weight_decay": 0.1}, "has weight_decay: set learning_rate and weight_decay"),
         ("Adam", {"betas": [0.9]}, "optimizer Adam with .* cannot be built: list index"),
     ],
 )

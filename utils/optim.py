@@ -14,7 +14,7 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
 
 
 def build_optimizer(model: nn.Module, config) -> Optimizer:
-    """Adam with coupled L2 (decay is added to the gradient) on one of its two parameter groups.
+    """Adam with coupled L2 (added to the gradient; AdamW's is not) on one of its two groups.
 
     Group 0 is left alone, group 1 decays: the order of the released optimizer states.  Latent
     weights are a third group, which decays too, if they have a rate of their own.
@@ -31,7 +31,7 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
     if not (isinstance(constructor, type) and issubclass(constructor, Optimizer)):
         raise UserError(f"unknown optimizer {name!r}: name one of torch.optim, such as Adam or SGD")
     decaying = DECAY_GROUPS[config.decay_group](model)
-    own_rate = latent_weights(model) if config.latent_rate != 1 else set()
+    own_rate = latent_parameters(model) if config.latent_rate != 1 else set()
     others = [p for p in model.parameters() if p not in own_rate]
     decay = {"weight_decay": config.weight_decay}
     groups = [
@@ -42,6 +42,10 @@ def build_optimizer(model: nn.Module, config) -> Optimizer:
         latent = [p for p in model.parameters() if p in own_rate]
         groups.append({"params": latent, "rate": config.latent_rate, **decay})
     options = (ADAM if name == "Adam" else {}) | (config.optimizer_options or {})
+    if own := {"lr", "weight_decay"} & options.keys():
+        raise UserError(
+            f"optimizer_options has {min(own)}: set learning_rate and weight_decay instead"
+        )
     try:
         optimizer = constructor(groups, lr=config.learning_rate, **options)
     except Exception as error:  # each optimizer checks its options in its own way
@@ -62,7 +66,7 @@ def convolutions(model: nn.Module) -> set[nn.Parameter]:
     return {p for name, p in model.named_parameters() if p.ndim == 4 and not name.endswith("bias")}
 
 
-def latent_weights(model: nn.Module) -> set[nn.Parameter]:
+def latent_parameters(model: nn.Module) -> set[nn.Parameter]:
     """The kernels of the convolutions that are binary in step 2."""
     return {layer.weight for layer in latent_convolutions(model).values()}
 
@@ -70,7 +74,7 @@ def latent_weights(model: nn.Module) -> set[nn.Parameter]:
 DECAY_GROUPS: dict[str, Callable[[nn.Module], set[nn.Parameter]]] = {
     "released": released_group,
     "convolutions": convolutions,
-    "latent": latent_weights,
+    "latent": latent_parameters,
 }
 
 

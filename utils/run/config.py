@@ -10,6 +10,7 @@ import dataclasses
 import math
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,9 @@ class Config:
     batch_size: int = _option("global batch, divided over the processes", minimum=1)
     learning_rate: float = _option("base rate", above=0)
     latent_rate: float = _option("multiplies the learning rate of latent weights", 1.0, above=0)
-    weight_decay: float = _option("L2 added to the gradient of the decay group")
+    weight_decay: float = _option(
+        "of the decay group, added to the gradient (AdamW: to the weights)"
+    )
     optimizer: str = _option("name in torch.optim", "Adam")
     optimizer_options: dict | None = _option("its arguments: {momentum: 0.9}", None)  # noqa: RUF009
     decay_group: str = _option(
@@ -161,11 +164,9 @@ class Config:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields that change the result and differ from a saved configuration."""
         return [
-            f"{f.name} {getattr(self, f.name)} (there {other[f.name]})"
-            for f in dataclasses.fields(self)
-            if not f.metadata.get("place")
-            and f.name in other
-            and other[f.name] != getattr(self, f.name)
+            f"{name} {value} (there {other[name]})"
+            for name, value in vars(self).items()
+            if name in other and value != other[name] and not _is_moved(name, value, other[name])
         ]
 
 
@@ -182,13 +183,13 @@ _TYPE_NAMES = {
 
 
 def _valid(name: str, value: Any) -> Any:
-    """`value` as the type of field `name`, in its range; text may be a number (PyYAML's `5e-6`)."""
+    """`value` as the type of field `name`, in its range."""
     *alternatives, last = get_args(_TYPES[name]) or (_TYPES[name],)
     target = alternatives[0] if alternatives else last
     if last is NoneType and (value is None or value == "none"):
         return None
-    if target is float and isinstance(value, str | int) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError, OverflowError):
+    if target is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
             value = float(value)
     if type(value) is not target or (target is float and not math.isfinite(value)):
         raise UserError(f"{name} must be {_TYPE_NAMES[target]}, not {value!r:.200}")
@@ -209,6 +210,13 @@ def _is_path(name: str, value: Any) -> bool:
     return value is not None and FIELDS[name].metadata.get("path", False)
 
 
+def _is_moved(name: str, value: Any, other: Any) -> bool:
+    """Whether two values of a field may say where the same thing lies."""
+    if name in ("data", "init_from"):
+        return _is_path(name, value) and _is_path(name, other)
+    return FIELDS[name].metadata.get("place", False)
+
+
 def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Values of known fields, typed, in range, with paths made absolute from `base`."""
     unknown = [name for name in values if name not in FIELDS]
@@ -222,7 +230,7 @@ def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a name that stands twice, of which PyYAML would silently take the last."""
+    """Reads 5e-6 as a number, as YAML 1.2 does, and refuses a name that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [name.value for name, _ in node.value]
@@ -230,6 +238,11 @@ class _Loader(yaml.SafeLoader):
             problem = f"{twice!r} stands twice"
             raise yaml.constructor.ConstructorError(problem=problem, problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
