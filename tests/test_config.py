@@ -67,7 +67,7 @@ def test_text_on_the_command_line_is_read_as_the_type_of_its_field(name, text, v
     ("arguments", "words"),
     [
         (["--momentum", "0.9"], ["--momentum", "--learning_rate"]),
-        (["--epoch", "3"], ["--epoch'", "--epochs"]),
+        (["--epoch", "3"], ["--epoch', perhaps epochs:", "--epochs"]),
         (["--epochs"], ["epochs", "expected one argument"]),
         (["--epochs", "2.5"], ["epochs must be a whole number", "2.5"]),
         (["--epochs", "0"], ["epochs must be at least 1"]),

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import time
-from multiprocessing import Pipe
+from multiprocessing import Pipe, active_children
 from unittest.mock import Mock
 
 import pytest
@@ -134,6 +134,12 @@ def test_the_next_step_is_that_of_the_run_in_its_memory_layout(options, tmp_path
     for name, plain in steps[0].items():
         assert plain.any()
         torch.testing.assert_close(steps[1][name], plain, rtol=1e-2, atol=1e-4)
+
+
+def test_loading_processes_end_with_their_run(options, tmp_path):
+    run, _ = with_folders(read_experiment("fig4", "quick"), [*options, "--workers", "1"], tmp_path)
+    train(run)
+    assert run.is_finished() and not active_children()
 
 
 def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(experiment, tmp_path):

@@ -133,6 +133,8 @@ def test_classification_refuses_what_it_cannot_read(trained, run_script, image_f
     text = tmp_path / "text.png"
     text.write_text("no image")
     run_script("classify", trained, text).assert_one_sentence("cannot decode image", "text.png")
+    missing = run_script("classify", trained, tmp_path / "cat.png")
+    missing.assert_one_sentence("cannot decode image", "cat.png (No such file")
     run_script("classify", trained, tmp_path / "none.png").assert_one_sentence("none.png")
     wrong = ("classify", trained, picture, "--classes", tmp_path)
     run_script(*wrong).assert_one_sentence("has 3 classes and", "train/")

@@ -4,6 +4,7 @@ What a process has set up once serves all its runs: torch, a GPU, compiled code,
 """
 
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -102,6 +103,7 @@ def train(run: Run) -> None:
     silence = contextlib.redirect_stdout(io.StringIO())
     with silence, run_session(run.config) as dist:
         TRAIN[run.step](run.config, dist)
+    gc.collect()  # cycles keep the loader, and so its processes
 
 
 def train_on_all_gpus(run: Run) -> None:

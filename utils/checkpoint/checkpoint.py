@@ -102,8 +102,10 @@ def _read_data(path: Path) -> Any:
         raise UserError(f"cannot read checkpoint {path}: {error.strerror}") from error
     except Exception as error:  # damaged bytes raise whatever they happen to mean
         if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            reason = "it names code to run, and a checkpoint is read as data only"
-            raise UserError(f"{path} is refused: {reason}") from error
+            raise UserError(
+                f"{path} is refused: it names code to run, and a checkpoint is read as data only;"
+                " where you trust it, save its state_dict alone by torch.save"
+            ) from error
         raise UserError(
             f"{path} is not a checkpoint, or a damaged or truncated one"
             f" ({type(error).__name__}): fetch or write it again"

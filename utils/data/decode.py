@@ -84,9 +84,8 @@ def _decoding(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow raises many types for a file it cannot decode
-        raise UserError(
-            f"cannot decode image {path} ({type(error).__name__}): repair or remove it"
-        ) from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"cannot decode image {path} ({reason}): repair or remove it") from error
 
 
 def nvimagecodec() -> ModuleType:

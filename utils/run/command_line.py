@@ -26,14 +26,13 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
-        except (UserError, NonFiniteError, OutOfMemory) as error:
-            # Every rank meets the same mistake; rank 0 says it, then torchrun stops the others.
+        except (UserError, NonFiniteError, OutOfMemory, PeerLost) as error:
+            # Every rank meets the same mistake, or loses rank 0 by it: that one says it, then
+            # torchrun stops the others.
             if os.environ.get("RANK", "0") != "0":
                 time.sleep(_OTHER_RANKS_WAIT_SECONDS)
             print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_CODE)
-        except PeerLost as error:
-            sys.exit(f"error: {error}")
+            sys.exit(1 if isinstance(error, PeerLost) else EXIT_CODE)
         except Preempted:
             sys.exit(PREEMPTED_EXIT_CODE)
         except KeyboardInterrupt:

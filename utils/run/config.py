@@ -7,6 +7,7 @@ where the command is given.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import math
 import operator
 import os
@@ -210,6 +211,12 @@ def _is_path(name: str, value: Any) -> bool:
     return value is not None and FIELDS[name].metadata.get("path", False)
 
 
+def unknown_option(name: str, valid: str) -> UserError:
+    close = difflib.get_close_matches(name.lstrip("-"), FIELDS, n=1)
+    guess = f", perhaps {close[0]}" if close else ""
+    return UserError(f"unknown option {name!r}{guess}: the valid ones are {valid}")
+
+
 def _is_moved(name: str, value: Any, other: Any) -> bool:
     """Whether two values of a field may say where the same thing lies."""
     if name in ("data", "init_from"):
@@ -221,7 +228,7 @@ def checked(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Values of known fields, typed, in range, with paths made absolute from `base`."""
     unknown = [name for name in values if name not in FIELDS]
     if unknown:
-        raise UserError(f"unknown option {unknown[0]!r}: the valid ones are {', '.join(FIELDS)}")
+        raise unknown_option(unknown[0], ", ".join(FIELDS))
     result = {}
     for name, value in values.items():
         value = _valid(name, value)
@@ -273,12 +280,12 @@ def parse_config(
         if "choices" in f.metadata:
             text += f": {', '.join(f.metadata['choices'])}"
         if f.default is not dataclasses.MISSING:
-            text += f" (default {f.default})"
+            given = f.default if isinstance(f.default, str) else str(f.default).lower()
+            text += f" (default {given})"
         parser.add_argument(f"--{f.name}", metavar="X", default=argparse.SUPPRESS, help=text)
     namespace, unknown = parser.parse_known_args(arguments)
     if unknown:
-        valid = ", --".join(FIELDS)
-        raise UserError(f"unknown option {unknown[0]!r}: the valid ones are --config, --{valid}")
+        raise unknown_option(unknown[0], "--config, --" + ", --".join(FIELDS))
     options = vars(namespace)
     overlay = options.pop("config")
     values = read_yaml(default) | (read_yaml(Path(overlay)) if overlay else {})

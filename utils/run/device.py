@@ -33,7 +33,13 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
         )
     if usable:
         return torch.device("cuda", local_rank)
-    if expected := "--device cuda was given" if wanted == "cuda" else _expected_gpu():
+    expected = _expected_gpu()
+    if wanted == "cuda" and not expected:
+        raise UserError(
+            "--device cuda was given, but no NVIDIA driver or GPU is to be seen:"
+            " install a driver, unset CUDA_VISIBLE_DEVICES, or pass --device cpu"
+        )
+    if expected:
         raise UserError(
             f"{expected}, but torch can use no GPU: the driver is for CUDA {_driver_cuda()}, torch"
             f" {torch.__version__} for CUDA {torch.version.cuda or 'none'}: install another wheel"
