@@ -5,4 +5,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh" requirements.txt requirem
 cd "$root"
 ruff check .
 ruff format --check .
-python -m pytest "$@"
+python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"
