@@ -75,7 +75,7 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
     table = folder / f"{name}.csv"
     rows = read_table(table).where(source="measured") if table.exists() else Table()
     judged = []
-    for claim in spec.read_experiment(name, "quick").claims:
+    for claim in spec.read_experiment(name, "quick").claims:  # the same at every scale
         if claim.get("ours", False) is not ours:
             continue
         verdict = verdicts.judge(claim, rows)

@@ -1,8 +1,4 @@
-"""Checkpoint files: written atomically with a checksum, read as data only, loaded strictly.
-
-`read_checkpoint` takes this repo's layout, the released one (whose keys DataParallel prefixed with
-`module.`), bare state dicts and packed files.
-"""
+"""Checkpoint files: written atomically with a checksum, read as data only, loaded strictly."""
 
 import pickle
 from collections.abc import Callable, Mapping
