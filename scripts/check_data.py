@@ -3,7 +3,6 @@
 python scripts/check_data.py /path/to/imagenet [--workers 16]
 """
 
-import os
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from utils.data.decode import whole_image
 from utils.data.image_folder import IMAGENET_CLASSES, IMAGENET_IMAGES, open_image_folder
+from utils.data.loader import usable_cores
 from utils.run.command_line import Parser, command, markdown_table, positive, printable
 from utils.run.errors import UserError
 
@@ -34,7 +34,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="with train/<class>/ and val/<class>/")
     parser.add_argument("--val_dir", default="val", help="name of the validation folder")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes")
     parser.add_argument("--classes", action="store_true", help="also print the count of each class")
     arguments = parser.parse_args()
     train = check(arguments.folder / "train", arguments.workers)

@@ -17,6 +17,7 @@ are for inference: latent weights and optimizer stay behind.
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,7 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--to", choices=("exact", "packed", *WRITERS), required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--force", action="store_true", help="replace an output that exists")
-    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32", help="packed")
+    parser.add_argument("--dtype", choices=("float32", "float16"), help="packed: of the rest")
     parser.add_argument("--batch", type=positive, help="onnx, openvino: fixed batch")
     parser.add_argument("--image_size", type=positive, help="onnx, openvino: not as in training")
     add_network_options(parser)
@@ -60,6 +61,9 @@ def main() -> None:
     if forms.get(output.suffix, "exact") != arguments.to:
         suffix = SUFFIXES.get(arguments.to, ".pth.tar")
         raise UserError(f"a file for --to {arguments.to} is named *{suffix}, not {output.name}")
+    for option in ("dtype", "batch", "image_size"):
+        if getattr(arguments, option) and (option == "dtype") != (arguments.to == "packed"):
+            raise UserError(f"--{option} is not for --to {arguments.to}: leave it out")
     files = [output, openvino.constants_path(output)] if arguments.to == "openvino" else [output]
     for file in files:
         check_output(file, arguments.force)
@@ -67,21 +71,33 @@ def main() -> None:
         arguments.file, binary_weights=arguments.binary_weights, small_images=arguments.small_images
     )
     print(loaded)
+    try:
+        # What is there already is replaced by what has been checked.
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+            write_checked(loaded, arguments, Path(folder) / output.name)
+            for file in reversed(files):  # the graph last, which names its constants
+                (Path(folder) / file.name).replace(file)
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    size = sum(file.stat().st_size for file in files)
+    names = " and ".join(map(str, files))
+    print(f"wrote {names}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
+
+
+def write_checked(loaded: LoadedNetwork, arguments: argparse.Namespace, output: Path) -> None:
+    """Write a network in the form asked for, and check what it predicts."""
     image_size = arguments.image_size or loaded.image_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, 3, image_size, image_size, generator=generator)
     if write := WRITERS.get(arguments.to):
         resize = round(loaded.val_resize * image_size / loaded.image_size)
         write(loaded.model, output, image_size, arguments.batch, resize)
-        check_written(loaded.model, images, files)
-    else:
-        # Without rounding first: that shows whether the scales went where they belong.
-        for dtype in dict.fromkeys(("float32", arguments.dtype)):
-            write_folded(loaded, arguments.to, output, getattr(torch, dtype))
-            check_written(loaded.model, images, files, rounded=dtype == "float16")
-    size = sum(file.stat().st_size for file in files)
-    names = " and ".join(map(str, files))
-    print(f"wrote {names}: {size:,} bytes, from {arguments.file.stat().st_size:,}")
+        check_written(loaded.model, images, output)
+        return
+    # Without rounding first: that shows whether the scales went where they belong.
+    for dtype in dict.fromkeys(("float32", arguments.dtype or "float32")):
+        write_folded(loaded, arguments.to, output, getattr(torch, dtype))
+        check_written(loaded.model, images, output, rounded=dtype == "float16")
 
 
 def write_folded(loaded: LoadedNetwork, form: str, output: Path, dtype: torch.dtype) -> None:
@@ -95,14 +111,15 @@ def write_folded(loaded: LoadedNetwork, form: str, output: Path, dtype: torch.dt
 
 
 @torch.no_grad()
-def check_written(
-    model: nn.Module, images: Tensor, files: list[Path], rounded: bool = False
-) -> None:
-    """Print whether the written network predicts as the one it came from; remove it if not.
+def check_written(model: nn.Module, images: Tensor, path: Path, rounded: bool = False) -> None:
+    """Print whether the written network predicts as the one it came from.
 
     Of a network whose parameters were `rounded`, only the predicted classes are compared.
+
+    Raises:
+        UserError: it does not.
     """
-    expected, logits = model(images), open_network(files[0]).model(images)
+    expected, logits = model(images), open_network(path).model(images)
     equal = int((expected.argmax(1) == logits.argmax(1)).sum())
     difference = (expected - logits).abs().amax(1)  # (N,)
     largest, typical = difference.max(), difference.median()
@@ -110,10 +127,8 @@ def check_written(
     # In float32 a near-tie of Sign moves all logits of its image, but most images have none.
     same_logits = rounded or typical <= WRITTEN_TOLERANCE * expected.std()
     if equal < len(images) / 2 or not same_logits:
-        for file in files:
-            file.unlink()
         raise UserError(
-            f"{files[0]} predicts differently and was removed: the engine is faulty, or"
+            f"{path.name} predicts differently and is not kept: the engine is faulty, or"
             f" `scale_folds_into` of this {type(model).__name__} names wrong layers"
         )
 

@@ -4,14 +4,14 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${VENV:-$root/.venv}"
 python="${PYTHON:-python3}"
-[ ! -x "$venv/bin/python" ] || python="$venv/bin/python"
+if "$venv/bin/python" -m pip --version > /dev/null 2>&1; then python="$venv/bin/python"; fi
 version="$("$python" --version 2>&1)"
 case "$version" in
   "Python 3.1"[1-4].*) ;;
-  *) echo "error: Python 3.11 to 3.14 is needed, and $python is: $version; set PYTHON to another" >&2
+  *) echo "error: Python 3.11 to 3.14 is needed, and $python is: $version; set PYTHON to another, or remove $venv" >&2
      exit 2 ;;
 esac
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+[ "$python" = "$venv/bin/python" ] || "$python" -m venv "$venv"
 source "$venv/bin/activate"
 export PYTHON=python
 constraints="${CONSTRAINTS-$root/requirements-lock.txt}"

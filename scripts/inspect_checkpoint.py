@@ -30,9 +30,10 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("file", type=Path, help="checkpoint of any layout, or .safetensors")
     arguments = parser.parse_args()
-    # Where the file does not tell, real weights are shown as if they were latent ones.
     loaded = load_network(arguments.file, defaults={"binary_weights": True})
     print(loaded)
+    if loaded.config is None and not loaded.has_exact_weights:
+        print("If it is of step 1, which the layout does not tell, these are its real weights.")
     layers = binary_convolutions(loaded.model).items()
     if layers:
         rows = [table_row(name, conv.weight.double()) for name, conv in layers]

@@ -56,6 +56,7 @@ done; done
 part workers matplotlib "$python" -m scripts.benchmarks.speed --only workers --output "$out/workers" \
   "${size[@]}" "${images[@]}"
 for device in "${devices[@]}"; do for step in 1 2; do
+  [ "$step" = 1 ] || [ -e "$out/training-$device-1.done" ] || continue  # it starts from that one's end
   start=(); [ "$step" = 1 ] || start=(--init_from "$out/training-$device-1/model_best.pth.tar")
   part "training-$device-$step" tensorboard "$python" "step$step/train.py" --config "scripts/$config.yaml" \
     ${DATA:+--data "$DATA"} --teacher none --device "$device" --save "$out/training-$device-$step" \

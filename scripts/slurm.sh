@@ -18,7 +18,8 @@ cd "$SLURM_SUBMIT_DIR"
 [ ! -f .venv/bin/activate ] || source .venv/bin/activate
 for step in step1 step2; do
   code=0
-  srun --cpus-per-task="$SLURM_CPUS_PER_TASK" bash "$step/run.sh" --data "$data" "$@" || code=$?
+  # One machine that ends for good ends the others, after what they take to save.
+  srun --wait=400 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash "$step/run.sh" --data "$data" "$@" || code=$?
   [ "$code" -ne 75 ] || scontrol requeue "$SLURM_JOB_ID"
   [ "$code" -eq 0 ] || exit "$code"
 done

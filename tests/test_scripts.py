@@ -290,6 +290,8 @@ def test_conversion_refuses_what_would_lose_something(trained, run_script, run_s
     (tmp_path / "network.bin").write_text("mine")
     beside = ("convert", trained, "--to", "openvino", "--output", tmp_path / "network.xml")
     run_script(*beside).assert_one_sentence("network.bin exists and is kept")
+    unused = ("convert", trained, "--to", "exact", "--output", tmp_path / "e", "--dtype", "float16")
+    run_script(*unused).assert_one_sentence("--dtype is not for --to exact")
     run_script(*beside, "--force", "--batch", 0).assert_one_sentence("a whole number above 0")
     nowhere = ("convert", trained, "--to", "exact", "--output", tmp_path / "none" / "x")
     run_script(*nowhere).assert_one_sentence("cannot write")
@@ -299,7 +301,7 @@ def test_conversion_refuses_what_would_lose_something(trained, run_script, run_s
     assert not (tmp_path / "r").exists()
 
 
-def test_a_conversion_that_predicts_otherwise_is_refused_and_leaves_no_file(
+def test_a_conversion_that_predicts_otherwise_is_refused_and_replaces_no_file(
     trained, run_script, tmp_path, monkeypatch
 ):
     fold = convert.fold_scales
@@ -312,8 +314,10 @@ def test_a_conversion_that_predicts_otherwise_is_refused_and_leaves_no_file(
     monkeypatch.setattr(convert, "fold_scales", scaled)
     output = tmp_path / "output.safetensors"
     to_packed = ("--to", "packed", "--dtype", "float16", "--output", output)
-    run_script("convert", trained, *to_packed).assert_one_sentence("differently and was removed")
-    assert not output.exists()
+    output.write_text("the one before")
+    failed = run_script("convert", trained, *to_packed, "--force")
+    failed.assert_one_sentence("predicts differently and is not kept")
+    assert output.read_text() == "the one before" and not list(tmp_path.glob(".output*"))
 
 
 def test_counts_are_printed_as_text_csv_and_json(run_script):

@@ -29,6 +29,9 @@ DEFAULTS = {
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGQUIT,SIGUSR1",
     "PET_SHUTDOWN_TIMEOUT": "300",
 }
+# Machines that start again have lost each other within PET_SHUTDOWN_TIMEOUT; one that has not come
+# by then has ended for good.
+RESTARTED = {"PET_RDZV_CONF": "timeout=400"}
 # The user's mistake, which a restart would repeat, and a request to stop.
 FINAL = (EXIT_CODE, PREEMPTED_EXIT_CODE)
 
@@ -60,6 +63,7 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str:
 
 
 def main() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what is started here inherits it
     script_and_options = sys.argv[1:]
     on_cpu = "--device cpu" in " ".join(script_and_options).replace("=", " ")
     settings = torchrun_settings(os.environ, 0 if on_cpu else torch.cuda.device_count())
@@ -68,10 +72,7 @@ def main() -> None:
     restarts = settings.pop("PET_MAX_RESTARTS", RESTARTS)
     if not restarts.isdecimal():
         sys.exit(f"error: PET_MAX_RESTARTS must be a whole number, not {restarts!r}")
-    # What torchrun starts inherits these: it goes on when the terminal closes, and SIGUSR2 is for
-    # its processes, which save.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # it is for torchrun's processes, which save
     # torchrun's own restarts would also repeat what ended for good.
     os.environ.update(DEFAULTS | settings | {"PET_MAX_RESTARTS": "0"})
     for left in reversed(range(int(restarts) + 1)):
@@ -79,11 +80,13 @@ def main() -> None:
         if code == 0 or code in FINAL or left == 0:
             sys.exit(code)
         print(f"a process ended with code {code}: all start again, {left} more times", flush=True)
+        os.environ.update(RESTARTED | settings)
 
 
 def run_once(script_and_options: Sequence[str]) -> int:
     """Run all processes to their end; 0, or the exit code of the first one that failed."""
     # Imported late: torchrun reads the environment on import.
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
@@ -96,6 +99,8 @@ def run_once(script_and_options: Sequence[str]) -> int:
     except ChildFailedError as error:
         # The process has already said what was wrong; torchrun's traceback would bury it.
         return error.get_first_failure()[1].exitcode
+    except DistError as error:
+        sys.exit(f"error: not all machines came ({error}): look at what the others print")
 
 
 if __name__ == "__main__":

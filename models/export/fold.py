@@ -3,7 +3,7 @@
 Training keeps latent weights w and convolves alpha * Sign(w), alpha = mean|w| per output channel.
 For deployment the kernel is Sign(w), and alpha moves into what follows:
 
-    BN(alpha x) with (mean, var, eps)  =  BN(x) with mean / alpha, (var + eps) / alpha^2 - eps
+    BN(alpha x) with weight, mean  =  BN(x) with alpha weight, mean / alpha
 
 or, where no BN follows one convolution alone, into a learned scale or a `ChannelScale`.  Exact in
 real numbers; in floating point a rounding may still flip a Sign whose input is a near-tie.
@@ -60,10 +60,8 @@ def _fold_into(layer: nn.BatchNorm2d | LearnedScale | ChannelScale, weight: Tens
     is_zero = alpha == 0
     constant = layer.bias - layer.weight * mean / torch.sqrt(var + layer.eps)
     layer.bias.copy_(torch.where(is_zero, constant, layer.bias))
-    layer.weight.copy_(torch.where(is_zero, 0, layer.weight))
-    alpha = torch.where(is_zero, 1, alpha)
-    layer.running_mean.copy_(mean / alpha)
-    layer.running_var.copy_((var + layer.eps) / alpha.square() - layer.eps)
+    layer.weight.copy_(layer.weight.double() * alpha)
+    layer.running_mean.copy_(mean / torch.where(is_zero, 1, alpha))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from scripts.benchmarks.training import step2_config
 from utils.data.dataset import open_train_images
 from utils.data.loader import train_loader
 from utils.data.reference import train_transform
+from utils.data.transforms import normalize_batch
 from utils.run.distributed import DistEnv
 
 SINGLE_PROCESS = DistEnv(0, 0, 1, torch.device("cpu"))
@@ -42,7 +43,8 @@ def compare(
         paths = write_jpegs(Path(folder) / "train" / "clouds", images)
         config = step2_config(image_size, data=folder, batch_size=LOADED)
         released = train_transform(image_size, config.crop_scale)
-        sides = {} if workers else {"reference": partial(load, paths, pil_loader, released)}
+        as_it_is = partial(load, paths, pil_loader, released, default_collate)
+        sides = {} if workers else {"reference": as_it_is}
         for decoder, resize in choices:
             config = replace(config, decoder=decoder, resize=resize)
             dataset = open_train_images(config, SINGLE_PROCESS)
@@ -51,14 +53,20 @@ def compare(
                 batches = train_loader(dataset, replace(config, workers=number), SINGLE_PROCESS)
                 sides[f"{name}, workers {number}"] = partial(deque, batches, maxlen=0)  # keeps none
             if not workers:
-                sides[name] = partial(load, paths, dataset.images.loader, dataset.transform)
+                sides[name] = partial(
+                    load, paths, dataset.images.loader, dataset.transform, normalized
+                )
         return interleaved(sides, rounds)
 
 
-def load(paths: Sequence[Path], read: Callable, transform: Callable) -> None:
+def load(paths: Sequence[Path], read: Callable, transform: Callable, collate: Callable) -> None:
     torch.manual_seed(0)  # the same crops on all sides
     for start in range(0, len(paths), LOADED):
-        default_collate([transform(read(path)) for path in paths[start : start + LOADED]])
+        collate([transform(read(path)) for path in paths[start : start + LOADED]])
+
+
+def normalized(images: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    return normalize_batch(*default_collate(images))
 
 
 def write_jpegs(folder: Path, count: int) -> list[Path]:

@@ -17,7 +17,6 @@ last step.  Loading leaves nvimagecodec out where requirements-decoder.txt is no
 """
 
 import argparse
-import os
 from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import product
@@ -31,6 +30,7 @@ from scripts.benchmarks import loading, timing, training
 from scripts.benchmarks.page import add_output_options, table, write_page
 from scripts.benchmarks.training import PEAK, SAVED, TEACHER
 from utils.data.decode import DECODERS, nvimagecodec
+from utils.data.loader import usable_cores
 from utils.data.transforms import RESIZE
 from utils.run.command_line import Parser, command, positive
 from utils.run.errors import UserError
@@ -108,7 +108,7 @@ def measure_loading(arguments: argparse.Namespace) -> Iterator[dict]:
         print(f"left out: {error}")
         decoders.remove("nvimagecodec")
     choices = list(product(decoders, RESIZE))
-    workers = [0, *(2**n for n in range(8) if 2**n <= os.cpu_count())]
+    workers = [0, *(2**n for n in range(8) if 2**n <= usable_cores())]
     cases = {"loader": (arguments.images, ()), "workers": (4 * arguments.images, workers)}
     for what in (what for what in LOADING if what in arguments.only):
         images, numbers = cases[what]

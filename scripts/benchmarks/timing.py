@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from utils.data.loader import usable_cores
+
 Side = TypeVar("Side")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARM_UP_ROUNDS = 2  # not counted; the first one compiles
@@ -58,4 +60,4 @@ def processor() -> str:
     fields = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
     popcount = "with" if "avx512_vpopcntdq" in fields.get("flags", "").split() else "without"
     name = fields.get("model name", platform.processor())
-    return f"{os.cpu_count()} cores of {name}, {popcount} AVX-512 VPOPCNTDQ"
+    return f"{usable_cores()} cores of {name}, {popcount} AVX-512 VPOPCNTDQ"

@@ -37,6 +37,9 @@ def write_packed(
     Args:
         content: JSON-able facts that reading gives back (configuration, epoch, accuracy).
         dtype: float32 or float16, of the other floating-point tensors.
+
+    Raises:
+        UserError: a value is too large for `dtype`.
     """
     tensors, shapes = {}, {}
     for key, value in state.items():
@@ -44,6 +47,8 @@ def write_packed(
             tensors[key], shapes[key] = pack_signs(value > 0), list(value.shape)
         else:
             tensors[key] = (value.to(dtype) if value.is_floating_point() else value).contiguous()
+            if value.isfinite().all() and not tensors[key].isfinite().all():
+                raise UserError(f"{key} has values too large for {dtype}: keep float32")
     header = {"format": FORMAT, "binary": json.dumps(shapes), "content": json.dumps(content)}
     header["sha256"] = _digest(header, tensors)
     atomic_write(path, lambda file: file.write(safetensors.torch.save(tensors, header)))

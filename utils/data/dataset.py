@@ -4,6 +4,7 @@ So a batch is the same for any number of loading workers and, taken together, of
 run that goes on needs no state of a loader.
 """
 
+import contextlib
 import functools
 import sys
 from collections import defaultdict
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
@@ -143,7 +145,7 @@ def _open_split(config: Config, dist: DistEnv, train: bool) -> ImageFolder | CIF
     with local_rank0_first(dist):
         try:
             if config.data == "cifar10":
-                return CIFAR10(config.cache_dir, train=train, download=True)
+                return _cifar10(Path(config.cache_dir), train)
             if config.data == "shapes":
                 folder = Path(config.cache_dir) / "shapes"
                 write_shapes(folder)
@@ -160,6 +162,14 @@ def _open_split(config: Config, dist: DistEnv, train: bool) -> ImageFolder | CIF
                 " images"
             )
         return open_image_folder(root, _reader(config, train))
+
+
+def _cifar10(folder: Path, train: bool) -> CIFAR10:
+    with contextlib.suppress(RuntimeError):  # it is not there yet
+        return CIFAR10(folder, train=train)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".cifar10.lock"):  # several programs may want it at once
+        return CIFAR10(folder, train=train, download=True)
 
 
 # Runs that one process trains one after the other decode once.

@@ -288,7 +288,11 @@ def loading_workers(wanted: int | None) -> int:
 
     More workers than cores only wait for each other, and no result depends on their number.
     """
-    # Those a scheduler left to this process, where the system tells.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     share = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
     return min(share if wanted is None else wanted, cores)
+
+
+def usable_cores() -> int:
+    """Those a scheduler left to this process, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
