@@ -9,6 +9,7 @@ import torch
 from conftest import CLASSES, STEP1, TRAIN, VAL, dist_env
 from PIL import Image
 from torchvision import transforms
+from torchvision.models import ResNet34_Weights
 
 from utils.data.dataset import SeededDataset, open_train_images, open_val_images
 from utils.data.image_folder import ImageFolder
@@ -314,3 +315,8 @@ def test_batches_are_those_of_a_plain_copy_also_while_the_device_is_busy(config,
         pixels, shifts, labels = (part.to(device) for part in parts)
         assert torch.equal(mine[0], normalize_batch(pixels, shifts))
         assert torch.equal(mine[1], labels)
+
+
+def test_images_are_normalised_as_torchvisions_networks_expect():
+    preset = ResNet34_Weights.IMAGENET1K_V1.transforms()
+    assert (list(IMAGENET_MEAN), list(IMAGENET_STD)) == (preset.mean, preset.std)

@@ -1,19 +1,26 @@
 """Both training programs end to end on a handful of images: results, hand-off, bad input."""
 
+import copy
 import math
+import re
 
 import pytest
 import torch
 import yaml
 from compare import difference
-from conftest import CLASSES, VAL, write_images
+from conftest import CLASSES, FROM_SCRATCH, VAL, config_with, write_images
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
 from utils.checkpoint.checkpoint import BEST, NEWEST, PREVIOUS, read_checkpoint
 from utils.checkpoint.files import LOCK
 from utils.checkpoint.manager import epoch_checkpoint_path
+from utils.data.loader import PrefetchLoader
+from utils.engine import train_one_epoch
+from utils.optim import build_optimizer
 from utils.run.config import FIELDS
 from utils.run.logging import LINE_EVERY, RunLog, read_records
+from utils.run.state import TrainState
 
 
 def test_step2_continues_from_the_best_of_step1(run_step, tmp_path):
@@ -181,3 +188,32 @@ def test_tensorboard_holds_every_epoch_also_one_that_ended_before_it_was_logged(
     assert scalars <= set(events.Tags()["scalars"])
     assert "layers/feature.1.binary_3x3/latent_histogram" in events.Tags()["histograms"]
     assert [event.step for event in events.Scalars("val_top1")] == [0, 1]
+
+
+def test_an_epoch_is_a_plain_loop_of_torch():
+    config = config_with(teacher=None, optimizer="SGD", learning_rate=0.1, weight_decay=0.0)
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+    plain = copy.deepcopy(ours)
+    ours.eval()  # as validation leaves it
+    batches = [(torch.randn(5, 3, 8, 8), torch.tensor([0, 1, 2, 0, 1])) for _ in range(3)]
+    train_one_epoch(ours, None, batches, build_optimizer(ours, config), config, TrainState())
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for images, labels in batches:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(images), labels).backward()
+        optimizer.step()
+    torch.testing.assert_close(dict(ours.state_dict()), dict(plain.state_dict()))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_each_epoch_has_an_order_of_its_own(run_step, monkeypatch, step):
+    set_epoch = PrefetchLoader.set_epoch
+
+    def printed(loader, epoch, start_batch=0):
+        print("order", epoch)
+        set_epoch(loader, epoch, start_batch)
+
+    monkeypatch.setattr(PrefetchLoader, "set_epoch", printed)
+    result = run_step(step, **(FROM_SCRATCH if step == 2 else {}), epochs=2)
+    assert re.findall("order (.)", result.out) == ["0", "1"], result.err
