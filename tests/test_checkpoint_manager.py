@@ -8,8 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,12 @@ def test_checkpoints_within_an_epoch_come_by_the_clock_and_on_demand(
     written.clear()
     assert run_step(2, save=tmp_path / "clock", checkpoint_minutes=0, **FROM_SCRATCH).code == 0
     assert written == [-1, -1, -1, 0, 0, 0, 0, 1]
+    written.clear()
+    clock = count(step=20)  # seconds from one look at it to the next
+    monkeypatch.setattr(manager, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    minute = {"save": tmp_path / "minute", "checkpoint_minutes": 1}
+    assert run_step(2, **minute, **FROM_SCRATCH).code == 0
+    assert written == [-1, 0, 0, 1]  # the third iteration comes 60 s after the save before it
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])

@@ -176,6 +176,20 @@ def test_order_is_drawn_from_seed_and_epoch():
 
 
 @cached_or_not
+def test_augmentation_is_drawn_from_seed_and_epoch(config, cached):
+    def image(seed: int, epoch: int) -> torch.Tensor:
+        own = replace(config, seed=seed, batch_size=len(CLASSES) * TRAIN, cache_images=cached)
+        loader, _ = build_loaders(own, dist_env())
+        loader.set_epoch(epoch)
+        ((images, _),) = loader
+        return images[loader.image_indices(0).index(0)]
+
+    assert torch.equal(image(0, 0), image(0, 0))
+    assert not torch.equal(image(0, 0), image(1, 0))
+    assert not torch.equal(image(0, 0), image(0, 1))
+
+
+@cached_or_not
 def test_loading_leaves_the_training_generator_alone(config, cached):
     config = replace(config, cache_images=cached)
     torch.manual_seed(5)

@@ -58,7 +58,7 @@ def images_and_labels():
     return images, torch.arange(IMAGES) % 3
 
 
-def train_three_steps(dist: DistEnv, network) -> dict:
+def train_three_steps(dist: DistEnv, network, accumulate: int) -> dict:
     """Train and validate in this process among its peers; what it ended with."""
     images, labels = images_and_labels()
 
@@ -66,7 +66,7 @@ def train_three_steps(dist: DistEnv, network) -> dict:
         shares = [[index for _, index in batch] for batch in keys]
         return [(images[share], labels[share]) for share in shares]
 
-    student, config = network(), config_with(weight_decay=5e-6)
+    student, config = network(), config_with(weight_decay=5e-6, accumulate=accumulate)
     trained = train_one_epoch(
         distribute(student, dist, sync_bn=False),
         None,
@@ -86,7 +86,11 @@ def train_three_steps(dist: DistEnv, network) -> dict:
     }
 
 
-JOBS = {"with_bn": step2_network, "without_bn": network_without_bn}
+JOBS = {
+    "with_bn": (step2_network, 1),
+    "without_bn": (network_without_bn, 1),
+    "in_parts": (network_without_bn, 2),
+}
 
 
 def _peer(rank: int, folder: str, port: int) -> None:
@@ -94,7 +98,7 @@ def _peer(rank: int, folder: str, port: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     with init_distributed("cpu") as dist:
-        results = {name: train_three_steps(dist, network) for name, network in JOBS.items()}
+        results = {name: train_three_steps(dist, *job) for name, job in JOBS.items()}
     results["threads"] = {name.read_text() for name in Path("/proc/self/task").glob("*/comm")}
     torch.save(results, Path(folder) / f"{rank}.pt")
 
@@ -105,7 +109,7 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peers")
     mp.spawn(_peer, (str(folder), free_port()), nprocs=2)
     pair = [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
-    alone = {name: train_three_steps(dist_env(), network) for name, network in JOBS.items()}
+    alone = {name: train_three_steps(dist_env(), *job) for name, job in JOBS.items()}
     return {name: (alone[name], pair[0][name], pair[1][name]) for name in JOBS} | {
         "threads": pair[0]["threads"]
     }
@@ -119,8 +123,9 @@ def accuracies(results: dict) -> list[float]:
     return [results[split][key] for split in ("trained", "validated") for key in ("top1", "top5")]
 
 
-def test_without_bn_two_processes_equal_one_also_in_an_uneven_batch(outcomes):
-    alone, first, second = outcomes["without_bn"]
+@pytest.mark.parametrize("job", ["without_bn", "in_parts"])
+def test_without_bn_two_processes_equal_one_also_in_an_uneven_batch(outcomes, job):
+    alone, first, second = outcomes[job]
     assert torch.equal(first["parameters"], second["parameters"])
     for rank in (first, second):
         assert largest_difference(alone, rank, "parameters") < 1e-12

@@ -71,6 +71,7 @@ def test_experiments_share_a_run_of_the_same_settings_and_no_other(tmp_path):
     assert adam == digest("fig7", "Adam one-step") == digest("table1", "one-step, 0")
     assert adam != digest("fig2", "binary, SGD")
     assert adam != digest("fig2", "binary, Adam", "--data", "/elsewhere")
+    assert adam != digest("fig2", "binary, Adam", "--val_dir", "test")
     assert adam == digest("fig2", "binary, Adam", "--workers", "3")
     two_step = digest("table1", "two-step, low -> 0")
     assert two_step == digest("fig7", "Adam two-step") != digest("table1", "two-step, high -> 0")
@@ -92,6 +93,19 @@ def test_a_run_may_learn_from_another_last_longer_and_have_fewer_seeds(tmp_path)
     assert runs["one-step, twice as long", 100].config.epochs == 6
     elsewhere = resolved(tmp_path / "elsewhere").values()
     assert [run.folder.name for run in elsewhere] == [run.folder.name for run in runs.values()]
+
+
+def test_runs_of_a_seed_learn_from_the_teacher_of_that_seed(tmp_path):
+    family = {"big": {"step": 1, "width": 1.0}, "taught": {"step": 2, "teacher": "big"}}
+    experiment = Experiment(title="", measure="results", runs=family)
+    runs = resolve_runs(experiment, "quick", range(2), tmp_path, [])
+    assert [(*run.parents, None)[0] for run in runs] == [None, runs[0], None, runs[2]]
+
+
+def test_a_runs_own_options_go_over_those_of_its_variants():
+    runs = read_experiment("fig8", "imagenet").runs
+    rates = [float(own["learning_rate"]) for own in runs.values() if own.get("optimizer") == "SGD"]
+    assert rates == [2e-3, 5e-3, 1e-2, 5e-2, 1e-1, 2e-1]
 
 
 def test_a_figure_of_checkpoints_end_to_end_and_again_without_training(experiment, tmp_path):

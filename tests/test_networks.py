@@ -3,6 +3,7 @@
 import golden
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import config_with, narrow
 from torch import nn
 from torch.optim.swa_utils import update_bn
@@ -210,6 +211,15 @@ def test_the_gate_of_real_to_binary_is_its_equation():
     torch.testing.assert_close(block(x), block.prelu(y) + block.downsample(x))
 
 
+def test_a_strong_baseline_block_adds_its_shortcut_behind_the_prelu():
+    torch.manual_seed(0)
+    block = build_model("strong_baseline_r18", latent_init="symmetric").layer2[0]
+    block.scale.channel.data.uniform_(1, 2)
+    x = torch.randn(2, 64, 6, 6)
+    y = block.scale(block.binary_conv(block.bn1(x).sign()))
+    torch.testing.assert_close(block(x), block.prelu(y) + block.downsample(x))
+
+
 def test_a_cyclic_shift_moves_quarters_of_the_channels_down_up_right_and_left():
     x = torch.arange(9.0).reshape(1, 1, 3, 3).expand(1, 8, 3, 3)
     down, up, right, left = CyclicShift(1)(x)[0, ::2].tolist()
@@ -232,3 +242,15 @@ def test_a_dense_block_appends_channels_that_the_improvement_block_adds_to():
     dense = pair.binary_conv1(pair.sign1(pair.bn1(x)))
     improvement = pair.binary_conv2(pair.sign2(pair.bn2(torch.cat([x, dense], 1))))
     assert torch.equal(pair(x), torch.cat([x, dense + improvement], 1))
+
+
+def test_relus_stand_before_the_real_convolution_of_a_transition_and_before_the_head():
+    torch.manual_seed(0)
+    model = build_model("meliusnet29", width=1 / 4, num_classes=3)
+    norm, *_, conv = between = next(m for m in model.stages if isinstance(m, nn.Sequential))
+    x = torch.randn(2, norm.num_features, 5, 5)
+    pooled = F.max_pool2d(norm(x), 2, ceil_mode=True)
+    torch.testing.assert_close(between(x), conv(pooled.relu()))
+    images = torch.randn(2, 3, 64, 64)
+    features = model.bn(model.stages(model.stem(images))).relu()
+    torch.testing.assert_close(model(images), model.fc(features.mean((2, 3))))

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from conftest import CLASSES, VAL, launch, narrow, write_images
 
 from scripts import convert
+from scripts.evaluate import intervals
 from utils import engine
 from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint, write_released
 
@@ -181,6 +183,14 @@ def test_evaluation_in_float32_uses_no_tf32(trained, evaluate, precision, allowe
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = not allowed
     assert evaluate(trained, "--precision", precision).code == 0
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+
+
+def test_intervals_are_wilsons_and_the_normal_one():
+    bounds = intervals({"images": 10, "top1": 80.0, "top5": 100.0, "loss": 2.0}, loss_deviation=0.5)
+    assert bounds["top1_interval"] == pytest.approx([49.02, 94.33], abs=0.005)
+    assert bounds["top5_interval"] == pytest.approx([72.25, 100], abs=0.005)
+    half = 1.96 * 0.5 / math.sqrt(10)
+    assert bounds["loss_interval"] == pytest.approx([2 - half, 2 + half], abs=1e-5)
 
 
 def test_expected_accuracy_is_checked_against_the_interval(trained, evaluate, results):

@@ -108,6 +108,7 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
 ):
     run_script("experiments.page", tmp_path).assert_one_sentence("has no CSV")
     rows = [{**row, "top5": 90} for row in table(A=[61, 62.1, 62.9], B=[60, 61, 62], C=[60])]
+    rows += [{"source": "published", "run": "A", "top1": 70}]
     write_table(tmp_path / "table4.csv", rows)
     (tmp_path / "about.md").write_text("On ten images.")
     (tmp_path / "found.yaml").write_text("table4: A is right of B.")
@@ -143,4 +144,5 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
     section = ("## table4", "*Claim:*", "*Picture:*", "*Found:* A is right of B.", "62.00 ±")
     order = [page.index(text) for text in (*texts, *section)]
     assert order == sorted(order)
+    assert re.search(r"\| A +\| +3 \| 62.00 ± .* \| +70.00 \|", page)
     assert "![table4](table4.png)" in page and (tmp_path / "table4.png").exists()
