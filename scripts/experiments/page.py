@@ -21,6 +21,19 @@ from utils.run.errors import UserError
 
 MARKS = {"added": " †", "flawed": " ‡"}  # of claims that are not counted
 HEADER = ["here, 95 % interval", "seeds", "verdict"]
+READING = f"""\
+- *Seen*: all of the interval lies on the paper's side of 0, or within the tolerance of what is to
+  be equal.
+- *Contradicted*, at this scale: all of it lies outside.
+- *Not decided*: neither, which is no sign of equality, or fewer than three seeds; beside it the
+  number of seeds that would decide it, if mean and scatter stay.
+- Nothing is corrected for the number of claims: of differences that are truly 0, one in 20 is
+  decided wrongly.
+- Not counted are{MARKS["added"]}, written when results of the first seed had been seen, and
+ {MARKS["flawed"]}, written before, but found to ask something else than the paper says.
+- FF ratio: share of the signs that one update flips, the mean over a training; C2I ratio: share
+  that still is as at the start; CAM: mean |w| of a kernel; SDAM: its standard deviation over the
+  kernels of a layer; saturation: share of activations beyond 1."""
 
 
 @command
@@ -53,17 +66,9 @@ def heading(names: list[str], folder: Path) -> list[str]:
     return [
         "# The paper's claims, tables and figures",
         f"{len(words)} claims: {counts}. Each is a quantity with a side, formed for every seed from"
-        " runs of that seed. *Seen*: the whole 95 % interval of its mean over the seeds (Student's"
-        " t) lies on the paper's side of 0, or within the tolerance of what is to be equal;"
-        " *contradicted*, at this scale: wholly outside of it; *not decided*: neither, which is no"
-        " sign of equality, or fewer than three seeds; beside it the number of seeds that would"
-        " decide it, if mean and scatter stay. Nothing is corrected for the number of"
-        " claims: of differences that are truly 0, one in 20 is decided wrongly. Not counted are"
-        f"{MARKS['added']}, written when results of the first seed had been seen, and"
-        f"{MARKS['flawed']}, written before, but found to ask something else than the paper says."
-        " FF ratio: share of the signs that one update flips, the mean over a training; C2I ratio:"
-        " share that still is as at the start; CAM: mean |w| of a kernel; SDAM: its standard"
-        " deviation over the kernels of a layer; saturation: share of activations beyond 1.",
+        " runs of that seed; its verdict is that of the 95 % interval of its mean over the seeds"
+        " (Student's t).",
+        READING,
         markdown_table([["claim of the paper", "quantity", "paper (ImageNet)", *HEADER], *papers]),
         markdown_table([["control or extension of ours", "quantity", "expected", *HEADER], *ours]),
         *([about.read_text().strip()] if about.exists() else []),
