@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import CLASSES, TRAIN, command_line, config_with, dist_env
 
-from scripts.experiments.measures import evenly_spaced, latents, layers, results
+from scripts.experiments.measures import latents, layers, results, some_of
 from scripts.experiments.spec import Experiment, resolve_runs
 from utils.data.dataset import open_train_images
 from utils.data.transforms import ValTransform
@@ -65,9 +65,8 @@ def test_images_to_measure_on_are_taken_at_even_distances(image_folder, tmp_path
     (run,) = resolve_runs(experiment, "quick", [0], tmp_path, options)
     images = open_train_images(run.config, dist_env())
     images.transform = ValTransform(run.config)
-    batches = evenly_spaced(images, 6, run, dist_env())
+    batches = list(some_of(images, 6, run, dist_env()))
     assert [len(labels) for _, labels in batches] == [4, 2]
     expected, _ = images.batch([0, 4, 8, 12, 16, 20])
     assert (expected == torch.cat([images for images, _ in batches])).all()
-    whole = evenly_spaced(images, 1000, run, dist_env())
-    assert sum(len(labels) for _, labels in whole) == len(CLASSES) * TRAIN
+    assert len(images.evenly_spaced(1000)) == len(CLASSES) * TRAIN

@@ -266,12 +266,12 @@ def build_metrics(config, dist, model: nn.Module, images) -> BinaryMetrics | NoM
 
     Args:
         config: its `live_measures`, `binary_activations` and `binary_weights`.
-        images: the validation set, of which the first ones are the fixed batch for saturation.
+        images: the validation set, some of which are the fixed batch for saturation.
     """
     is_binary = config.binary_activations or config.binary_weights
     if not (config.live_measures and dist.is_rank0 and is_binary):
         return NoMetrics()
-    fixed, _ = images.batch(range(min(FIXED_IMAGES, len(images))))
+    fixed, _ = images.batch(images.evenly_spaced(FIXED_IMAGES))
     return BinaryMetrics(model, fixed.to(dist.device))
 
 

@@ -95,7 +95,7 @@ def fixed_train_top1(run: Run, count: int, dist: DistEnv) -> float:
     images = open_train_images(config, dist)
     images.transform = ValTransform(config)
     model = load_network(run.folder / NEWEST).model.to(dist.device)
-    return evaluate(model, evenly_spaced(images, count, run, dist)).results()["top1"]
+    return evaluate(model, some_of(images, count, run, dist)).results()["top1"]
 
 
 def layers(runs: Runs, *_) -> Rows:
@@ -142,7 +142,7 @@ def histogram_rows(counts: Sequence[int], limit: float) -> Rows:
 def activations(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
     """Distribution and saturation at the first Sign, after the first epoch and the last."""
     for run in runs:
-        batches = evenly_spaced(open_val_images(run.config, dist), settings["images"], run, dist)
+        batches = some_of(open_val_images(run.config, dist), settings["images"], run, dist)
         images = torch.cat([images for images, _ in batches])
         paths = {"first": epoch_checkpoint_path(run.folder, 0), "last": run.folder / NEWEST}
         for epoch, path in paths.items():
@@ -166,7 +166,10 @@ def kernels(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
 
 
 def next_step(run: Run, dist: DistEnv) -> tuple[Layers, Layers, Layers]:
-    """Latent weights after the first epoch, after one step more, and that step's gradients."""
+    """Latent weights after the first epoch, after one step more, and that step's gradients.
+
+    The step is made in one process, with BN statistics of the whole batch.
+    """
     set_precision(run.config.precision)
     loaded = load_network(epoch_checkpoint_path(run.folder, 0))
     model = place(loaded.model, run.config, dist.device)  # Adam's state has its memory layout
@@ -221,9 +224,9 @@ def with_losses(run: Run, points: Sequence[Row], dist: DistEnv) -> Rows:
     centre = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(run.seed)
     directions = tuple(surface.filter_normalised_direction(model, generator) for _ in range(2))
-    batches = evenly_spaced(open_val_images(run.config, dist), points[0]["images"], run, dist)
+    batches = [*some_of(open_val_images(run.config, dist), points[0]["images"], run, dist)]
     train_images = open_train_images(run.config, dist)
-    calibration = evenly_spaced(train_images, RECALIBRATION_IMAGES, run, dist)
+    calibration = [*some_of(train_images, RECALIBRATION_IMAGES, run, dist)]
     for point in points:
         surface.move_to(model, centre, directions, point["alpha"], point["beta"])
         if point["batch_norm"] == "recalibrated":
@@ -232,15 +235,12 @@ def with_losses(run: Run, points: Sequence[Row], dist: DistEnv) -> Rows:
         yield point | {name: as_text(results[name]) for name in ("loss", "top1")}
 
 
-def evenly_spaced(
-    images: SeededDataset, count: int, run: Run, dist: DistEnv
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`count` images at even distances through the data set, in batches on the device."""
-    count = min(count, len(images))
-    keys = [(0, index * len(images) // count) for index in range(count)]
+def some_of(images: SeededDataset, count: int, run: Run, dist: DistEnv) -> PrefetchLoader:
+    """`count` images at even distances through the data set, in the run's batches."""
+    keys = [(0, index) for index in images.evenly_spaced(count)]
     size = run.config.batch_size
-    batches = [keys[start : start + size] for start in range(0, count, size)]
-    return list(PrefetchLoader(images, batches, run.config.workers, dist.device))
+    batches = [keys[start : start + size] for start in range(0, len(keys), size)]
+    return PrefetchLoader(images, batches, run.config.workers, dist.device)
 
 
 def two_node_paths(runs: Runs, settings: Settings, *_) -> Rows:

@@ -95,6 +95,11 @@ class SeededDataset(Dataset):
         labels = torch.tensor([self.images.targets[index] for index in self.chosen])
         return torch.stack(images).permute(0, 3, 1, 2).contiguous(), labels
 
+    def evenly_spaced(self, count: int) -> list[int]:
+        """Up to `count` indices at even distances, which meet all of a folder's classes."""
+        count = min(count, len(self))
+        return [place * len(self) // count for place in range(count)]
+
     def batch(self, indices: Iterable[int]) -> tuple[Tensor, Tensor]:
         """Images of epoch 0 as the network takes them, (n, 3, S, S), and their labels (n,)."""
         pixels, shifts, labels = default_collate([self[0, index] for index in indices])
