@@ -192,6 +192,7 @@ def test_unknown_experiment_scale_and_option_list_what_there_is(experiment):
     experiment("fig2", "--scale", "huge").assert_one_sentence("small", "imagenet")
     experiment("fig2", "--momentum", "1").assert_one_sentence("--momentum", "--epochs")
     experiment("fig6", "--momentum", "1").assert_one_sentence("--momentum", "--epochs")
+    experiment("fig8", "--learning_rate", "1").assert_one_sentence("--learning_rate", "'Adam 1'")
 
 
 def test_a_run_that_stops_says_which_and_why(experiment, tmp_path):
@@ -255,9 +256,9 @@ def test_a_run_that_another_command_trains_is_waited_for_after_all_others(
 def test_a_run_that_stops_takes_only_its_descendants_along(options, tmp_path, trained, jobs):
     family = {
         "bad": {"step": 1},
-        "good": {"step": 1, "width": 0.25},
+        "good": {"step": 1, "label_smoothing": 0.1},
         "child": {"step": 2, "after": "bad"},
-        "grandchild": {"step": 2, "after": "child", "width": 0.25},
+        "grandchild": {"step": 2, "after": "child", "label_smoothing": 0.1},
         "other": {"step": 2, "after": "good"},
     }
     experiment = Experiment(title="", measure="results", runs=family)
@@ -273,7 +274,7 @@ def test_a_run_that_stops_takes_only_its_descendants_along(options, tmp_path, tr
 def test_a_worker_survives_a_lost_process_and_saves_a_run_that_is_to_stop(
     options, tmp_path, signals
 ):
-    family = {"long": {"step": 1}, "short": {"step": 1, "width": 0.25}}
+    family = {"long": {"step": 1}, "short": {"step": 1, "label_smoothing": 0.1}}
     experiment = Experiment(title="", measure="results", runs=family)
     long, short = with_folders(experiment, [*options, "--epochs", "500"], tmp_path)
     worker = Worker(0, of=2)

@@ -5,9 +5,10 @@
     python -m scripts.experiments table1 table4 fig7 --scale cifar10 --seeds 5 --jobs 2
     python -m scripts.experiments table1 --scale imagenet --data /path/to/imagenet
 
-Every option of the training programs goes to all runs (--epochs 20, --workers 4, ...).  The same
-command goes on after an interruption; runs that experiments have in common are trained once, also
-by commands at the same time.  Of several names all first seeds come first, then the second ones.
+Every option of the training programs that no run sets itself goes to all runs (--epochs 20,
+--workers 4, ...).  The same command goes on after an interruption; runs that experiments have in
+common are trained once, also by commands at the same time.  Of several names all first seeds come
+first, then the second ones.
 On one GPU, small networks train faster together: --jobs 16, with NVIDIA's MPS started before.
 A run that stops does not stop the others: the CSVs lack it, and the command ends with code 2.
 What it leaves is in OUT: runs/, NAME.csv and NAME.png.

@@ -4,8 +4,9 @@
     look            what to see in the picture
     claims          what `verdicts` decides from its CSV
     measure         how the runs become rows of the CSV, a key of `measures.MEASURES`
-    runs            name -> step (1 or 2) and options of that step, each one value or one for each
-                    scale; or the name of the experiment that has the same runs.  Further keys:
+    runs            name -> step (1 or 2) and options of that step, each one value or a value for
+                    some scales, of which the others leave it out; or the name of the experiment
+                    that has the same runs.  Further keys:
                         like      names in variants.yaml, whose options it has as well
                         after     a run above, whose best checkpoint it starts from
                         teacher   a run above, whose best checkpoint teaches it, or the option
@@ -113,11 +114,14 @@ def read_experiment(name: str, scale: str) -> Experiment:
 
 
 def _at_scale(options: Mapping[str, Any], scale: str) -> dict[str, Any]:
-    """The options, with the value for `scale` where there is one for each scale."""
-    return {
-        name: value[scale] if isinstance(value, dict) and scale in value else value
-        for name, value in options.items()
-    }
+    """The options, with the value for `scale` of those that have one for single scales."""
+    at_scale = {}
+    for name, value in options.items():
+        if not (isinstance(value, dict) and value.keys() <= {*SCALES}):
+            at_scale[name] = value
+        elif scale in value:
+            at_scale[name] = value[scale]
+    return at_scale
 
 
 def resolve_runs(
@@ -132,13 +136,18 @@ def resolve_runs(
         options: of the command line, for every run.
 
     Raises:
-        UserError: an option that is unknown or out of range.
+        UserError: an option that is unknown or out of range, or that a run itself sets.
     """
+    given = {text.partition("=")[0].removeprefix("--") for text in options if text[:2] == "--"}
     runs: dict[tuple[str, int], Run] = {}
     for place, seed in enumerate(seeds):
         for name, own in experiment.runs.items():
             if place >= own.get("seeds", len(seeds)):
                 continue
+            if fixed := given & {*own, "config", "seed", "init_from", "save"}:
+                raise UserError(
+                    f"--{min(fixed)} is set by the experiment, in run {name!r}: leave it out"
+                )
             start = runs[own["after"], seed] if "after" in own else None
             teacher = None
             if own.get("teacher") in experiment.runs:
