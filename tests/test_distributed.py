@@ -13,6 +13,7 @@ from conftest import (
     CLASSES,
     FROM_SCRATCH,
     TINY,
+    TRAIN,
     VAL,
     command_line,
     config_with,
@@ -280,6 +281,17 @@ def test_run_script_fails_with_one_sentence_and_its_exit_code(tmp_path, image_fo
         assert several.stderr.count("error: ") == several.stderr.count(f"error: {words}") == 1
         assert "Traceback" not in several.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_that_one_process_alone_meets_is_the_one_that_is_told(tmp_path, own_images):
+    ((_, damaged), *_), *_ = EpochBatchSampler(len(CLASSES) * TRAIN, BATCH, 0, 1, world_size=2)
+    path = own_images / "train" / CLASSES[damaged // TRAIN] / f"{damaged % TRAIN}.png"
+    path.write_bytes(b"")
+    run = launch("step1/run.sh", *options(data=own_images, save=tmp_path / "out"), processes=2)
+    assert run.returncode == 2, run.stderr
+    assert (
+        run.stderr.count("error: ") == run.stderr.count(f"error: cannot decode image {path}") == 1
+    )
 
 
 def test_one_machine_runs_one_process_per_gpu_or_as_many_as_are_asked_for():

@@ -23,7 +23,7 @@ from scripts.experiments.spec import (
     resolve_runs,
 )
 from scripts.experiments.table import read_table
-from scripts.experiments.workers import Worker, train
+from scripts.experiments.workers import Worker, train, train_on_all_gpus
 from utils.checkpoint.checkpoint import BEST, NEWEST, read_checkpoint
 from utils.run.errors import UserError
 
@@ -293,6 +293,14 @@ def test_a_worker_survives_a_lost_process_and_saves_a_run_that_is_to_stop(
     assert not worker.process.is_alive()
     iterations = read_checkpoint(short.folder / NEWEST).content["unfinished"]["iteration"]
     assert len(long.records()) == done < 500 and iterations > 0
+
+
+def test_a_run_that_several_processes_train_says_why_it_stopped(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    family = Experiment(title="", measure="results", runs={"odd": {"step": 1}})
+    (run,) = with_folders(family, [*options, "--batch_size", "9"], tmp_path)
+    with pytest.raises(RuntimeError, match=r"^batch_size 9 is the global batch"):
+        train_on_all_gpus(run)
 
 
 def test_progress_tells_the_hours_left_from_the_epochs_recorded(options, tmp_path):

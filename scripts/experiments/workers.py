@@ -7,6 +7,7 @@ import contextlib
 import gc
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from step1.train import train as train_step1
 from step2.train import train as train_step2
 from utils.checkpoint.manager import run_session
 from utils.run.command_line import one_sentence
+from utils.run.config import Config
 
 TRAIN = {1: train_step1, 2: train_step2}
 
@@ -92,11 +94,16 @@ def serve(connection: Connection, number: int, of: int) -> None:
         except EOFError:
             return
         try:
-            train_on_all_gpus(run) if of == 1 and gpus > 1 else train(run)
+            train_on_all_gpus(run) if of == 1 and is_divided(run.config, gpus) else train(run)
             connection.send("")
         except Exception as error:  # after some, this process can use its GPU no more
             connection.send(one_sentence(error) or type(error).__name__)
             return
+
+
+def is_divided(config: Config, gpus: int) -> bool:
+    """Whether several GPUs share the run's batches; BN needs those of a small data set whole."""
+    return gpus > 1 and not config.cache_images and config.batch_size % gpus == 0
 
 
 def train(run: Run) -> None:
@@ -121,5 +128,6 @@ def train_on_all_gpus(run: Run) -> None:
         _, errors = process.communicate()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if process.returncode:
-        *_, reason = [f"code {process.returncode}", *errors.strip().splitlines()]
-        raise RuntimeError(reason.removeprefix("error: "))
+        # torchrun has its own lines after it.
+        reasons = re.findall("^error: (.*)", errors, re.MULTILINE)
+        raise RuntimeError(reasons[0] if reasons else f"code {process.returncode}")

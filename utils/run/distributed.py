@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.run.device import choose_device
-from utils.run.errors import PeerLost, UserError, worker_lost
+from utils.run.errors import PeerLost, Preempted, UserError, worker_lost
 
 T = TypeVar("T")
 
@@ -63,7 +64,11 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
         raise
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            if device.type == "cuda" and not isinstance(sys.exception(), Preempted | None):
+                # Destroyed, NCCL would wait for the others, who wait for this process.
+                dist.distributed_c10d._abort_process_group()
+            else:
+                dist.destroy_process_group()
             # DDP's cycles keep the group, whose threads abort an interpreter that ends before them.
             gc.collect()
 
