@@ -85,7 +85,7 @@ def main() -> None:
                 " --compile, --channels_last and --save_released out"
             )
         config = data_config(arguments, network)
-        loader = val_loader(open_val_images(config, dist), config, dist)
+        loader = val_loader(open_val_images(config), config, dist)
         model = model_for(network, loader, arguments)
         results = evaluate(model, loader, arguments.precision, dist)
         if arguments.against:

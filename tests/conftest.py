@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from process import Result
+from torch import nn
 
+from models import build_model
 from step1.train import main as step1_main
 from step2.train import main as step2_main
 from utils.data.shapes import draw_set
@@ -108,13 +110,20 @@ def config_with(**options: Any) -> SimpleNamespace:
     return SimpleNamespace(**{**defaults, "learning_rate": 1e-3, "weight_decay": 0.0, **options})
 
 
+def tiny(name: str = "reactnet_r18", **options: Any) -> nn.Module:
+    """A narrow network of three classes with drawn weights, the same every time."""
+    torch.manual_seed(0)
+    defaults = {"width": narrow(name, 1 / 16), "small_images": True, "latent_init": "symmetric"}
+    return build_model(name, num_classes=3, **{**defaults, **options})
+
+
 def narrow(name: str, width: float) -> float:
     """`width`, or the smallest that the groups of the network called `name` divide."""
     return max(width, 1 / 4) if name == "meliusnet29" else width
 
 
 def dist_env(rank: int = 0, world_size: int = 1) -> DistEnv:
-    return DistEnv(rank, rank, world_size, CPU)
+    return DistEnv(rank, world_size, CPU)
 
 
 def run_main(main: Callable[[], None], arguments: list[str], monkeypatch, capsys) -> Result:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, STEP1, STEP2
 
-from utils.run.config import FIELDS, as_yaml, from_saved, parse_config
+from utils.run.config import as_yaml, from_saved, parse_config
 from utils.run.errors import UserError
 
 
@@ -22,11 +22,6 @@ def test_steps_hold_the_released_recipe():
     assert (step2.binary_weights, step2.weight_decay) == (True, 0)
     assert step2.init_from == str(ROOT / "step1" / "out" / "model_best.pth.tar")
     assert (step1.save, step2.save) == (str(ROOT / "step1/out"), str(ROOT / "step2/out"))
-
-
-def test_released_flags_keep_their_names():
-    released = "data batch_size epochs learning_rate weight_decay teacher save workers"
-    assert set(released.split()) <= set(FIELDS)
 
 
 def test_command_line_overrides_the_given_file_which_overrides_the_step(tmp_path):

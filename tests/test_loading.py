@@ -1,28 +1,23 @@
 """Loading checkpoints of every layout, and what is said of those that fit no network."""
 
+import re
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 
+import golden
 import pytest
 import torch
-from conftest import narrow
+from conftest import STEP2, narrow, tiny
 
-from models import MODELS, build_model
+from models import MODELS
 from models.checkpoints import inference_content, load_network
 from models.export.fold import fold_scales
-from tests import golden
 from utils.checkpoint.checkpoint import read_checkpoint, write_checkpoint, write_released
 from utils.run.config import parse_config
 from utils.run.errors import UserError
 
-STEP2 = Path(__file__).parents[1] / "step2" / "config.yaml"
 NETWORKS = sorted(MODELS)
-
-
-def tiny(name: str, **options):
-    torch.manual_seed(0)
-    width = narrow(name, 1 / 16)
-    return build_model(name, num_classes=5, width=width, latent_init="symmetric", **options)
+large = partial(tiny, small_images=False)
 
 
 def released(state: dict) -> dict:
@@ -56,15 +51,15 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_layout_of_every_network_gives_the_predictions_it_came_from(name, layout, tmp_path):
-    model = tiny(name).eval()
+    model = large(name).eval()
     path = tmp_path / "checkpoint.pth.tar"
     write_checkpoint(path, LAYOUTS[layout](name, model.state_dict()))
     is_known = "flat" in layout or "repo" in layout
     loaded = load_network(path, **({} if is_known else {"binary_weights": True}))
-    assert (loaded.name, loaded.num_classes) == (name, 5)
+    assert (loaded.name, loaded.num_classes) == (name, 3)
     assert loaded.options["width"] == narrow(name, 1 / 16)
     assert loaded.checkpoint.layout == layout
-    for word in (name, layout, "latent weights", "5 classes"):
+    for word in (name, layout, "latent weights", "3 classes"):
         assert word in str(loaded)
     images = torch.randn(2, 3, 64, 64)
     assert torch.equal(loaded.model(images), model(images))
@@ -90,7 +85,7 @@ def test_a_file_of_the_released_layout_predicts_as_the_released_code(case, tmp_p
 
 
 def test_a_file_of_bcdnet_predicts_with_the_mean_of_its_two_heads(tmp_path):
-    model = tiny("bcdnet_a").eval()
+    model = large("bcdnet_a").eval()
     state = {f"module.{key}": value for key, value in model.state_dict().items()}
     state["module.fc_dist.weight"] = -model.fc.weight.detach()
     state["module.fc_dist.bias"] = model.fc.bias.detach() + 2
@@ -99,11 +94,11 @@ def test_a_file_of_bcdnet_predicts_with_the_mean_of_its_two_heads(tmp_path):
     loaded = load_network(path, binary_weights=True)
     assert loaded.name == "bcdnet_a" and "two heads, averaged" in str(loaded)
     logits = loaded.model(torch.randn(2, 3, 64, 64))
-    torch.testing.assert_close(logits, (model.fc.bias + 1).expand(2, 5))
+    torch.testing.assert_close(logits, (model.fc.bias + 1).expand(2, 3))
 
 
 def test_exact_weights_are_recognized(tmp_path):
-    model = fold_scales(tiny("reactnet_r18"))
+    model = fold_scales(large("reactnet_r18"))
     path = tmp_path / "exact.pth.tar"
     write_checkpoint(path, released(model.state_dict()))
     loaded = load_network(path)
@@ -112,7 +107,7 @@ def test_exact_weights_are_recognized(tmp_path):
 
 
 def test_gpu_tensors_load_without_a_gpu(tmp_path, monkeypatch):
-    model = tiny("bireal_r18")
+    model = large("bireal_r18")
     path = tmp_path / "gpu.pth.tar"
     # A storage tagged as CUDA's is what a file written on a GPU holds.
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
@@ -126,7 +121,7 @@ def test_gpu_tensors_load_without_a_gpu(tmp_path, monkeypatch):
 
 def test_a_file_that_does_not_tell_step_1_from_step_2_is_not_guessed(tmp_path):
     path = tmp_path / "file"
-    write_checkpoint(path, released(tiny("reactnet_a").state_dict()))
+    write_checkpoint(path, released(large("reactnet_a").state_dict()))
     with pytest.raises(UserError, match="pass --binary_weights false if its weights are real"):
         load_network(path)
     real = load_network(path, binary_weights=False)
@@ -135,7 +130,7 @@ def test_a_file_that_does_not_tell_step_1_from_step_2_is_not_guessed(tmp_path):
 
 def test_a_file_that_tells_is_not_overruled(tmp_path):
     path = tmp_path / "file"
-    write_checkpoint(path, own("reactnet_a", tiny("reactnet_a").state_dict()))
+    write_checkpoint(path, own("reactnet_a", large("reactnet_a").state_dict()))
     with pytest.raises(UserError, match="was trained with binary_weights True, not False"):
         load_network(path, binary_weights=False)
 
@@ -149,33 +144,12 @@ def test_another_architecture_names_the_closest_and_what_does_not_fit(tmp_path):
         load_network(path)
     sentence = str(caught.value)
     assert "closest is bireal_r18" in sentence and "\n" not in sentence
-    assert "layer1.0.binary_conv.weight" in sentence and "left over" in sentence
-
-
-def test_a_missing_and_a_left_over_key_are_named(tmp_path):
-    state = tiny("reactnet_a").state_dict()
-    del state["feature.13.move23.bias"]
-    state["feature.14.bias"] = torch.zeros(1)
-    path = tmp_path / "file"
-    write_checkpoint(path, released(state))
-    with pytest.raises(UserError) as caught:
-        load_network(path, binary_weights=True)
-    assert "closest is reactnet_a" in str(caught.value)
-    assert "lacks 1 (feature.13.move23.bias)" in str(caught.value)
-    assert "1 left over (feature.14.bias)" in str(caught.value)
-
-
-def test_a_wrong_shape_is_named(tmp_path):
-    state = tiny("reactnet_r18").state_dict()
-    state["layer4.3.binary_conv.weight"] = torch.zeros(32, 16, 3, 3)
-    path = tmp_path / "file"
-    write_checkpoint(path, state)
-    with pytest.raises(UserError, match=r"layer4.3.binary_conv.weight \(32, 16, 3, 3\) instead"):
-        load_network(path, binary_weights=True)
+    assert re.search(r"lacks \d+ \(layer1.0.binary_conv.weight", sentence)
+    assert "has 71 left over (layer1.0.conv1.weight" in sentence
 
 
 def test_released_layout_round_trip_is_bit_identical(tmp_path):
-    state = tiny("reactnet_a").state_dict()
+    state = large("reactnet_a").state_dict()
     first, back = tmp_path / "own", tmp_path / "released"
     write_checkpoint(first, own("reactnet_a", state) | {"best_top1_acc": 70.123456789})
     write_released(read_checkpoint(first), back)
@@ -190,14 +164,14 @@ def test_released_layout_round_trip_is_bit_identical(tmp_path):
 @pytest.mark.parametrize("network", [None, {"model": "reactnet_a"}, {"model": 3, "width": "x"}])
 def test_a_converted_file_that_tells_its_network_wrongly_is_one_sentence(tmp_path, network):
     path = tmp_path / "file"
-    write_checkpoint(path, {"state_dict": tiny("reactnet_a").state_dict(), "network": network})
+    write_checkpoint(path, {"state_dict": large("reactnet_a").state_dict(), "network": network})
     with pytest.raises(UserError, match="does not tell its network"):
         load_network(path)
 
 
 def test_a_converted_file_tells_its_network_even_where_the_source_could_not(tmp_path):
     source, converted = tmp_path / "source", tmp_path / "converted"
-    write_checkpoint(source, released(tiny("reactnet_r18", small_images=True).state_dict()))
+    write_checkpoint(source, released(large("reactnet_r18", small_images=True).state_dict()))
     loaded = load_network(source, binary_weights=True, small_images=True)
     state = fold_scales(loaded.model).state_dict()
     write_checkpoint(converted, {"state_dict": state, **inference_content(loaded)})

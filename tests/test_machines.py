@@ -175,7 +175,7 @@ def test_on_a_gpu_the_first_iterations_tell_its_memory_and_the_speed_options_tha
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     config = parse_config(STEP1, ["--save", str(tmp_path), "--compile", "true"])
     state = TrainState(iteration=1)
-    with RunLog(config, DistEnv(0, 0, 1, torch.device("cuda")), state, iterations=1) as log:
+    with RunLog(config, DistEnv(0, 1, torch.device("cuda")), state, iterations=1) as log:
         log.on_step_end(state)
     line = capsys.readouterr().out
     assert "10.0 of 24.0 GB of GPU memory" in line

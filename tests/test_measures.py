@@ -63,7 +63,7 @@ def test_images_to_measure_on_are_taken_at_even_distances(image_folder, tmp_path
     options = command_line({"data": image_folder, **sizes})
     experiment = Experiment(title="", measure="results", runs={"A": {"step": 2}})
     (run,) = resolve_runs(experiment, "quick", [0], tmp_path, options)
-    images = open_train_images(run.config, dist_env())
+    images = open_train_images(run.config)
     images.transform = ValTransform(run.config)
     batches = list(some_of(images, 6, run, dist_env()))
     assert [len(labels) for _, labels in batches] == [4, 2]

@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import CPU, config_with
+from conftest import CPU, config_with, tiny
 from torch import nn
 
-from models import build_model
 from models.layers import NetworkOptions
 from models.reference import to_reference
-from utils.binarize import BinaryConv2d, RPReLU, Sign, channel_scale
+from utils.binarize import BinaryConv2d, RPReLU, Sign
 from utils.engine import train_one_epoch
 from utils.losses import batch_loss
 from utils.optim import build_optimizer
@@ -23,12 +22,6 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile on a CPU needs g++"
 )
 COMPILED = config_with(compile=True)
-
-
-def tiny(name: str = "reactnet_r18", **options) -> nn.Module:
-    torch.manual_seed(0)
-    options = {"width": 1 / 16, "small_images": True, "latent_init": "symmetric", **options}
-    return build_model(name, num_classes=3, **options)
 
 
 def batch(count: int = 6, dtype: torch.dtype = torch.float32, device: torch.device = CPU):
@@ -220,14 +213,6 @@ def test_accumulation_gives_loss_and_gradient_of_the_batch_where_there_is_no_bn(
         assert results["loss"] == pytest.approx(loss, rel=1e-12) and results["images"] == 7
         trained.append(model[1].weight.detach())
     torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-12)
-
-
-def test_latent_scale_is_applied_after_the_convolution_in_bfloat16(device):
-    conv = BinaryConv2d(1, 1, 1).to(device)
-    conv.weight.data.fill_(1 + 2**-7 + 2**-12)  # not a bfloat16
-    with autocast(device, "bfloat16"):
-        y = conv(torch.full((1, 1, 1, 1), -1.0, device=device))
-    assert y.item() == -channel_scale(conv.weight.detach()).bfloat16().item()
 
 
 def test_training_runs_in_bfloat16_channels_last_and_in_parts(run_step, tmp_path, device):

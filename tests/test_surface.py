@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import narrow
+from conftest import tiny
 from torch import nn
 
 from models import MODELS, build_model
@@ -13,12 +13,6 @@ from scripts.experiments import two_nodes
 from scripts.experiments.surface import filter_normalised_direction, move_to, roughness
 from utils import metrics
 from utils.engine import evaluate
-
-
-def tiny(name: str = "reactnet_r18") -> nn.Module:
-    torch.manual_seed(0)
-    width = narrow(name, 1 / 16)
-    return build_model(name, num_classes=3, width=width, small_images=True)
 
 
 def direction_of(model: nn.Module, seed: int = 0):

@@ -8,7 +8,6 @@ import torchvision
 from conftest import CPU, config_with
 
 from models.teacher import load_teacher
-from utils.checkpoint.checkpoint import BEST
 from utils.run.errors import UserError
 
 
@@ -47,15 +46,6 @@ def test_a_failed_download_names_the_option_for_a_file(monkeypatch):
     monkeypatch.setattr(torchvision.models, "get_model", no_network)
     with pytest.raises(UserError, match="pass --teacher_checkpoint"):
         load("resnet34", num_classes=1000)
-
-
-def test_a_teacher_trained_here_gives_soft_targets_without_being_changed(run_step, tmp_path):
-    assert run_step(1, save=tmp_path / "teacher", binary_activations="false").code == 0
-    teacher = tmp_path / "teacher" / BEST
-    before = teacher.read_bytes()
-    result = run_step(1, teacher=teacher)
-    assert result.code == 0, result.err
-    assert teacher.read_bytes() == before
 
 
 def test_a_teacher_that_cannot_compute_the_image_size_is_refused(run_step, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from compare import difference
-from conftest import CLASSES, FROM_SCRATCH, VAL, config_with, write_images
+from conftest import CLASSES, FROM_SCRATCH, VAL, config_with
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -124,12 +124,6 @@ def test_step2_without_step1_says_so_and_where_it_looked(run_step, tmp_path):
     assert not (tmp_path / "step2").exists()
 
 
-def test_missing_data_folder(run_step, tmp_path):
-    result = run_step(1, data=tmp_path / "nowhere")
-    result.assert_one_sentence(f"data folder {tmp_path}/nowhere/train does not exist", "--data")
-    assert not (tmp_path / "step1").exists()
-
-
 def test_file_that_is_no_image(run_step, tmp_path, own_images):
     broken = own_images / "train" / "star" / "2.png"
     broken.write_bytes(broken.read_bytes()[:100])
@@ -150,17 +144,6 @@ def test_file_that_is_no_image(run_step, tmp_path, own_images):
 def test_folder_that_cannot_be_trained_on(run_step, own_images, spoil, words):
     spoil(own_images)
     run_step(1, data=own_images).assert_one_sentence(str(own_images), words)
-
-
-def test_checkpoint_of_another_class_count_names_the_shapes(run_step, tmp_path):
-    folder = write_images(tmp_path / "images", ("bars", "disc"))
-    run_step(1, data=folder)
-    result = run_step(2, init_from=tmp_path / "step1" / BEST)
-    result.assert_one_sentence("fc.weight (2, 32) instead of (3, 32)")
-
-
-def test_unknown_model(run_step):
-    run_step(1, model="resnet").assert_one_sentence("unknown model 'resnet'", "reactnet_a")
 
 
 def test_folder_that_cannot_be_written(run_step, tmp_path):

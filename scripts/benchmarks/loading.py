@@ -21,7 +21,7 @@ from utils.data.reference import train_transform
 from utils.data.transforms import normalize_batch
 from utils.run.distributed import DistEnv
 
-SINGLE_PROCESS = DistEnv(0, 0, 1, torch.device("cpu"))
+SINGLE_PROCESS = DistEnv(0, 1, torch.device("cpu"))
 LOADED = 8  # images of a batch
 
 
@@ -47,7 +47,7 @@ def compare(
         sides = {} if workers else {"reference": as_it_is}
         for decoder, resize in choices:
             config = replace(config, decoder=decoder, resize=resize)
-            dataset = open_train_images(config, SINGLE_PROCESS)
+            dataset = open_train_images(config)
             name = f"decoder {decoder}, resize {resize}"
             for number in workers:
                 batches = train_loader(dataset, replace(config, workers=number), SINGLE_PROCESS)

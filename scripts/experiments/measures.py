@@ -92,7 +92,7 @@ def epochs(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
 def fixed_train_top1(run: Run, count: int, dist: DistEnv) -> float:
     """Top-1 of the finished run on training images as those of validation are: not augmented."""
     config = dataclasses.replace(run.config, decoder="pil")
-    images = open_train_images(config, dist)
+    images = open_train_images(config)
     images.transform = ValTransform(config)
     model = load_network(run.folder / NEWEST).model.to(dist.device)
     return evaluate(model, some_of(images, count, run, dist)).results()["top1"]
@@ -142,7 +142,7 @@ def histogram_rows(counts: Sequence[int], limit: float) -> Rows:
 def activations(runs: Runs, settings: Settings, dist: DistEnv, *_) -> Rows:
     """Distribution and saturation at the first Sign, after the first epoch and the last."""
     for run in runs:
-        batches = some_of(open_val_images(run.config, dist), settings["images"], run, dist)
+        batches = some_of(open_val_images(run.config), settings["images"], run, dist)
         images = torch.cat([images for images, _ in batches])
         paths = {"first": epoch_checkpoint_path(run.folder, 0), "last": run.folder / NEWEST}
         for epoch, path in paths.items():
@@ -176,7 +176,7 @@ def next_step(run: Run, dist: DistEnv) -> tuple[Layers, Layers, Layers]:
     optimizer = build_optimizer(model, run.config)
     optimizer.load_state_dict(loaded.checkpoint.content["optimizer"])
     set_learning_rate(optimizer, 1, run.config)
-    batches = train_loader(open_train_images(run.config, dist), run.config, dist)
+    batches = train_loader(open_train_images(run.config), run.config, dist)
     batches.set_epoch(1)
     teacher = load_teacher(run.config, loaded.num_classes, dist.device)
     after = metrics.latent_weights(model)  # the step changes them in place
@@ -224,8 +224,8 @@ def with_losses(run: Run, points: Sequence[Row], dist: DistEnv) -> Rows:
     centre = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.Generator().manual_seed(run.seed)
     directions = tuple(surface.filter_normalised_direction(model, generator) for _ in range(2))
-    batches = [*some_of(open_val_images(run.config, dist), points[0]["images"], run, dist)]
-    train_images = open_train_images(run.config, dist)
+    batches = [*some_of(open_val_images(run.config), points[0]["images"], run, dist)]
+    train_images = open_train_images(run.config)
     calibration = [*some_of(train_images, RECALIBRATION_IMAGES, run, dist)]
     for point in points:
         surface.move_to(model, centre, directions, point["alpha"], point["beta"])

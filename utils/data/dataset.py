@@ -26,7 +26,6 @@ from utils.data.shapes import write_shapes
 from utils.data.transforms import TrainTransform, ValTransform, bytes_of, normalize_batch
 from utils.run.command_line import printable
 from utils.run.config import Config
-from utils.run.distributed import DistEnv, local_rank0_first
 from utils.run.errors import UserError
 
 
@@ -128,10 +127,10 @@ def _first_of_each_class(labels: Sequence[int], count: int | None) -> Sequence[i
     return sorted(index for of_class in places.values() for index in of_class[:count])
 
 
-def open_train_images(config: Config, dist: DistEnv) -> SeededDataset:
+def open_train_images(config: Config) -> SeededDataset:
     """The training images alone."""
     return SeededDataset(
-        _open_split(config, dist, True),
+        _open_split(config, True),
         TrainTransform(config),
         config.seed,
         config.train_per_class,
@@ -139,42 +138,54 @@ def open_train_images(config: Config, dist: DistEnv) -> SeededDataset:
     )
 
 
-def open_val_images(config: Config, dist: DistEnv) -> SeededDataset:
+def open_val_images(config: Config) -> SeededDataset:
     """The validation images alone."""
-    images = _open_split(config, dist, False)
+    images = _open_split(config, False)
     return SeededDataset(images, ValTransform(config), per_class=config.val_per_class)
 
 
-def _open_split(config: Config, dist: DistEnv, train: bool) -> ImageFolder | CIFAR10:
+def _open_split(config: Config, train: bool) -> ImageFolder | CIFAR10:
     folder = Path(config.data)
-    with local_rank0_first(dist):
-        try:
-            if config.data == "cifar10":
-                return _cifar10(Path(config.cache_dir), train)
-            if config.data == "shapes":
-                folder = Path(config.cache_dir) / "shapes"
-                write_shapes(folder)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"cannot get {config.data} into {config.cache_dir} ({error}):"
-                " pass --cache_dir with a folder that can be written, or --data with your own"
-            ) from error
-        root = folder / ("train" if train else config.val_dir)
-        if not root.is_dir():
-            raise UserError(
-                f"data folder {root} does not exist: pass --data with the folder that holds"
-                f" train/<class>/ and {config.val_dir}/<class>/, or --data shapes for the built-in"
-                " images"
-            )
-        return open_image_folder(root, _reader(config, train))
+    try:
+        if config.data == "cifar10":
+            return _cifar10(Path(config.cache_dir), train)
+        if config.data == "shapes":
+            folder = _shapes(Path(config.cache_dir))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot get {config.data} into {config.cache_dir} ({error}):"
+            " pass --cache_dir with a folder that can be written, or --data with your own"
+        ) from error
+    root = folder / ("train" if train else config.val_dir)
+    if not root.is_dir():
+        raise UserError(
+            f"data folder {root} does not exist: pass --data with the folder that holds"
+            f" train/<class>/ and {config.val_dir}/<class>/, or --data shapes for the built-in"
+            " images"
+        )
+    return open_image_folder(root, _reader(config, train))
 
 
-def _cifar10(folder: Path, train: bool) -> CIFAR10:
+def _cifar10(cache: Path, train: bool) -> CIFAR10:
     with contextlib.suppress(RuntimeError):  # it is not there yet
-        return CIFAR10(folder, train=train)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".cifar10.lock"):  # several programs may want it at once
-        return CIFAR10(folder, train=train, download=True)
+        return CIFAR10(cache, train=train)
+    with _lock(cache, "cifar10"):
+        return CIFAR10(cache, train=train, download=True)
+
+
+def _shapes(cache: Path) -> Path:
+    folder = cache / "shapes"
+    if not folder.exists():
+        with _lock(cache, "shapes"):
+            if not folder.exists():
+                write_shapes(folder)
+    return folder
+
+
+def _lock(cache: Path, name: str) -> FileLock:
+    """Several processes and programs may want a built-in data set at once."""
+    cache.mkdir(parents=True, exist_ok=True)
+    return FileLock(cache / f".{name}.lock")
 
 
 # Runs that one process trains one after the other decode once.

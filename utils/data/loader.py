@@ -34,7 +34,7 @@ def build_loaders(config: Config, dist: DistEnv) -> tuple["PrefetchLoader", "Pre
         UserError: a missing or empty folder, classes that differ, a failed download, or a batch
             that cannot be divided over the processes.
     """
-    train, val = open_train_images(config, dist), open_val_images(config, dist)
+    train, val = open_train_images(config), open_val_images(config)
     if train.classes != val.classes:
         raise UserError(
             f"{config.data}: {len(train.classes)} classes to train on, {len(val.classes)} to"

@@ -109,15 +109,10 @@ def draw_set(
 
 def write_shapes(folder: Path) -> None:
     """Draw the whole set into `folder`, which appears complete or not at all."""
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         draw_set(unfinished, SHAPES, _SPLITS, "{:04d}.png")
         unfinished.chmod(0o755)
-        # Another process may have finished first; its drawings are the same.
-        if not folder.exists():
-            unfinished.rename(folder)
+        unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -24,7 +24,6 @@ class DistEnv:
     """This process among the `world_size` that train together; it computes on `device`."""
 
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -51,7 +50,7 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
         if world_size > 1:
             # Tensors on the GPU travel by nccl; what the CPU has to decide does not wait for it.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        yield DistEnv(rank, local_rank, world_size, device)
+        yield DistEnv(rank, world_size, device)
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors that name its source files.
         if isinstance(error, dist.DistError) or "gloo" in str(error):
@@ -71,16 +70,6 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
                 dist.destroy_process_group()
             # DDP's cycles keep the group, whose threads abort an interpreter that ends before them.
             gc.collect()
-
-
-@contextmanager
-def local_rank0_first(env: DistEnv) -> Iterator[None]:
-    """Let local rank 0 run the block (fill a cache, download) before the others enter it."""
-    if dist.is_initialized() and env.local_rank != 0:
-        dist.barrier()
-    yield
-    if dist.is_initialized() and env.local_rank == 0:
-        dist.barrier()
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
