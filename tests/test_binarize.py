@@ -79,6 +79,15 @@ def test_weight_binarizer_matches_numpy():
     np.testing.assert_array_equal(w.grad, upstream.numpy() * (np.abs(at) <= 1))
 
 
+def test_a_binary_convolution_gives_its_weights_the_binarizers_gradient():
+    conv = BinaryConv2d(1, 2, (1, 9)).double()
+    conv.weight.data = torch.tensor(BREAKPOINTS[2:-2].reshape(2, 1, 1, 9))
+    x = torch.arange(1.0, 10.0, dtype=torch.float64).reshape(1, 1, 1, 9)
+    conv(x).sum().backward()
+    at = conv.weight.detach()
+    torch.testing.assert_close(conv.weight.grad, x * (at.abs() <= 1), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_weight_binarizer_leaves_one_magnitude_per_output_channel(dtype):
     y = binarize_weight(torch.randn(16, 8, 3, 3, dtype=dtype))
