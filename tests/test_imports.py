@@ -1,6 +1,8 @@
 """Imports go one way: scripts -> steps -> models -> utils, and training knows no exporter."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,14 @@ def test_imports_go_one_way(module):
         assert is_allowed, f"{module} imports {name}"
         if not module.startswith(("models.export", "scripts")):
             assert not name.startswith("models.export"), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_training_loads_no_exporter(step):
+    listing = (
+        f"import sys; sys.argv = ['train.py']; import step{step}.train;"
+        "print([name for name in sys.modules if 'export' in name and name.startswith('models')"
+        " or name.split('.')[0] in ('openvino', 'onnx', 'onnxruntime')])"
+    )
+    run = subprocess.run([sys.executable, "-c", listing], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stdout + run.stderr
