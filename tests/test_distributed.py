@@ -66,6 +66,8 @@ def train_three_steps(dist: DistEnv, network, accumulate: int) -> dict:
         return [(images[share], labels[share]) for share in shares]
 
     student, config = network(), config_with(weight_decay=5e-6, accumulate=accumulate)
+    passes = []
+    student.register_forward_hook(lambda *_: passes.append(student.training))
     trained = train_one_epoch(
         distribute(student, dist, sync_bn=False),
         None,
@@ -82,13 +84,14 @@ def train_three_steps(dist: DistEnv, network, accumulate: int) -> dict:
         "buffers": torch.cat(buffers),
         "trained": trained,
         "validated": evaluate(student, validation).results(),
+        "training_passes": sum(passes),
     }
 
 
 JOBS = {
     "with_bn": (step2_network, 1),
     "without_bn": (network_without_bn, 1),
-    "in_parts": (network_without_bn, 2),
+    "in_parts": (network_without_bn, 3),
 }
 
 
@@ -132,6 +135,12 @@ def test_without_bn_two_processes_equal_one_also_in_an_uneven_batch(outcomes, jo
         for split in ("trained", "validated"):
             assert rank[split]["images"] == IMAGES
             assert abs(rank[split]["loss"] - alone[split]["loss"]) < 1e-9
+
+
+def test_all_processes_compute_a_batch_in_as_many_parts(outcomes):
+    # Its last batch has shares of 3 and 2 images.
+    _, first, second = outcomes["in_parts"]
+    assert first["training_passes"] == second["training_passes"] == 3 + 3 + 2
 
 
 def test_no_thread_of_the_process_group_outlives_it(outcomes):

@@ -14,7 +14,7 @@ from utils.data.loader import PrefetchLoader
 from utils.losses import at_least_float32, batch_loss
 from utils.metrics import Meter
 from utils.precision import autocast
-from utils.run.distributed import all_reduce_sum, gradient_sync, share_weight
+from utils.run.distributed import all_reduce_min, all_reduce_sum, gradient_sync, share_weight
 from utils.run.errors import NonFiniteError
 from utils.run.state import TrainState
 
@@ -49,7 +49,9 @@ def train_one_epoch(
             # A loss, a mean, times len(y) is the sum over a part of the batch; times `weight`, and
             # added up over parts and processes, this becomes the mean over the whole batch.
             weight = share_weight(len(labels), images.device) / len(labels)
-            parts = min(config.accumulate, len(labels))
+            parts = config.accumulate
+            if parts > 1:  # as many on every process: SyncBN waits for all of them in each
+                parts = all_reduce_min(min(parts, len(labels)))
             chunks = images.tensor_split(parts), labels.tensor_split(parts)
             losses = []
             for x, y in zip(*chunks, strict=True):

@@ -86,6 +86,15 @@ def all_reduce_any(*flags: bool) -> list[bool]:
     return [count > 0 for count in all_reduce_sum(torch.tensor(flags, dtype=torch.int)).tolist()]
 
 
+def all_reduce_min(count: int) -> int:
+    """The smallest `count` of any process."""
+    if not dist.is_initialized():
+        return count
+    smallest = torch.tensor(count)
+    dist.all_reduce(smallest, dist.ReduceOp.MIN)
+    return smallest.item()
+
+
 def gather(env: DistEnv, value: Any) -> list[Any]:
     """The values of all processes in rank order, on rank 0; elsewhere an empty list."""
     if not dist.is_initialized():
