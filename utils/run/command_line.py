@@ -12,7 +12,7 @@ from utils.run.errors import NonFiniteError, OutOfMemory, PeerLost, Preempted, U
 
 EXIT_CODE = 2
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
-_OTHER_RANKS_WAIT_SECONDS = 10.0
+_TURN_SECONDS = 10.0
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
@@ -27,10 +27,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except (UserError, NonFiniteError, OutOfMemory, PeerLost) as error:
-            # Every rank meets the same mistake, or loses rank 0 by it: that one says it, then
-            # torchrun stops the others.
-            if os.environ.get("RANK", "0") != "0":
-                time.sleep(_OTHER_RANKS_WAIT_SECONDS)
+            if "RANK" in os.environ:  # of torchrun, which stops all ranks when the first one ends
+                # Rank 0 tells what all meet; what one alone meets that one, not those that lose it.
+                turn = 2 if isinstance(error, PeerLost) else min(int(os.environ["RANK"]), 1)
+                time.sleep(turn * _TURN_SECONDS)
             print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
             sys.exit(1 if isinstance(error, PeerLost) else EXIT_CODE)
         except Preempted:
