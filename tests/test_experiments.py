@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY, command_line, dist_env
 from filelock import FileLock
+from process import wait_until
 
 import scripts.experiments.__main__ as runner
 from scripts.experiments.measures import MEASURES, next_step
@@ -153,7 +154,9 @@ def test_the_next_step_is_that_of_the_run_in_its_memory_layout(options, tmp_path
 def test_loading_processes_end_with_their_run(options, tmp_path):
     run, _ = with_folders(read_experiment("fig4", "quick"), [*options, "--workers", "1"], tmp_path)
     train(run)
-    assert run.is_finished() and not active_children()
+    assert run.is_finished()
+    wait_until(lambda: not active_children())  # under torch 2.11 they take a moment
+    assert not active_children()
 
 
 def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(experiment, tmp_path):
