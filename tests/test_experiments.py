@@ -7,6 +7,7 @@ import time
 from multiprocessing import Pipe, active_children
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, command_line, dist_env
@@ -15,7 +16,7 @@ from process import wait_until
 
 import scripts.experiments.__main__ as runner
 from scripts.experiments.measures import MEASURES, next_step
-from scripts.experiments.plots import DRAWINGS
+from scripts.experiments.plots import DRAWINGS, bar, mean_and_margin
 from scripts.experiments.spec import (
     SCALES,
     Experiment,
@@ -157,6 +158,12 @@ def test_loading_processes_end_with_their_run(options, tmp_path):
     assert run.is_finished()
     wait_until(lambda: not active_children())  # under torch 2.11 they take a moment
     assert not active_children()
+
+
+def test_a_mean_has_an_interval_from_three_seeds_on():
+    two, three = np.array([1.0, 2.0]), np.array([1.0, 2.0, 3.0])
+    assert (mean_and_margin(two), bar(two)) == ("1.50", 0)
+    assert (mean_and_margin(three), round(bar(three), 2)) == ("2.00 ± 2.48", 2.48)
 
 
 def test_of_two_nodes_sgd_stalls_in_y_and_adam_crosses(experiment, tmp_path):
