@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -32,9 +33,9 @@ from utils.data.loader import EpochBatchSampler, val_batches
 from utils.engine import evaluate, train_one_epoch
 from utils.launch import torchrun_settings
 from utils.optim import build_optimizer
-from utils.run.command_line import PREEMPTED_EXIT_CODE
+from utils.run.command_line import PREEMPTED_EXIT_CODE, command
 from utils.run.distributed import DistEnv, broadcast_buffers, distribute, init_distributed
-from utils.run.errors import UserError
+from utils.run.errors import PeerLost, UserError, WorkerLost
 from utils.run.state import TrainState
 
 IMAGES, BATCH = 21, 8  # three steps; the last batch of 5 does not divide by two
@@ -292,6 +293,24 @@ def test_a_mistake_that_one_process_alone_meets_is_the_one_that_is_told(tmp_path
     assert (
         run.stderr.count("error: ") == run.stderr.count(f"error: cannot decode image {path}") == 1
     )
+
+
+def test_a_process_that_lost_another_tells_it_after_all_who_know_why(monkeypatch):
+    def seconds_before(error: Exception, rank: int) -> float:
+        def fail() -> None:
+            raise error
+
+        sleep = Mock()
+        monkeypatch.setattr("utils.run.command_line.time.sleep", sleep)
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit):
+            command(fail)()
+        return sum(call.args[0] for call in sleep.call_args_list)
+
+    causes = UserError("a mistake"), WorkerLost(EOFError())
+    assert [seconds_before(cause, rank=0) for cause in causes] == [0, 0]
+    others = [seconds_before(cause, rank=1) for cause in causes]
+    assert 0 < max(others) < min(seconds_before(PeerLost(), rank) for rank in (0, 1))
 
 
 def test_one_machine_runs_one_process_per_gpu_or_as_many_as_are_asked_for():

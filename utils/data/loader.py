@@ -19,7 +19,7 @@ from utils.data.dataset import SeededDataset, mixed_seed, open_train_images, ope
 from utils.data.transforms import normalize_batch
 from utils.run.config import Config
 from utils.run.distributed import DistEnv
-from utils.run.errors import UserError, worker_lost
+from utils.run.errors import UserError, WorkerLost
 
 Key = tuple[int, int]  # epoch and image index, of a SeededDataset
 SHARED_MEMORY = Path("/dev/shm")  # where workers leave their batches, on Linux
@@ -223,7 +223,7 @@ class PrefetchLoader:
         try:
             yield from self.loader
         except (ConnectionError, EOFError) as error:  # it died while it handed over a batch
-            raise worker_lost(error) from error
+            raise WorkerLost(error) from error
 
 
 @functools.cache  # memory freed on a stream serves that stream alone

@@ -8,7 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from utils.run.errors import NonFiniteError, OutOfMemory, PeerLost, Preempted, UserError
+from utils.run.errors import (
+    NonFiniteError,
+    OutOfMemory,
+    PeerLost,
+    Preempted,
+    UserError,
+    WorkerLost,
+)
 
 EXIT_CODE = 2
 PREEMPTED_EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
@@ -19,20 +26,20 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     """Make `main` end with `error: ...` on stderr and an exit code, and without a traceback.
 
     A user's mistake, a value that is not finite and too little memory end with code 2; a preempted
-    run with 75 and one that lost its peers with 1, both of which can go on.
+    run with 75 and one that lost a peer or a worker with 1, both of which can go on.
     """
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main()
-        except (UserError, NonFiniteError, OutOfMemory, PeerLost) as error:
+        except (UserError, NonFiniteError, OutOfMemory, PeerLost, WorkerLost) as error:
             if "RANK" in os.environ:  # of torchrun, which stops all ranks when the first one ends
                 # Rank 0 tells what all meet; what one alone meets that one, not those that lose it.
                 turn = 2 if isinstance(error, PeerLost) else min(int(os.environ["RANK"]), 1)
                 time.sleep(turn * _TURN_SECONDS)
             print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
-            sys.exit(1 if isinstance(error, PeerLost) else EXIT_CODE)
+            sys.exit(1 if isinstance(error, PeerLost | WorkerLost) else EXIT_CODE)
         except Preempted:
             sys.exit(PREEMPTED_EXIT_CODE)
         except KeyboardInterrupt:

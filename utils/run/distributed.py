@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.run.device import choose_device
-from utils.run.errors import PeerLost, Preempted, UserError, worker_lost
+from utils.run.errors import PeerLost, Preempted, UserError, WorkerLost
 
 T = TypeVar("T")
 
@@ -38,7 +38,8 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
 
     Raises:
         UserError: more processes than GPUs, or no usable GPU where one was expected.
-        PeerLost: one of the others ended while this one waited for it, or a loading worker.
+        PeerLost: one of the others ended while this one waited for it.
+        WorkerLost: a loading worker ended.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -59,7 +60,7 @@ def init_distributed(device: str = "auto") -> Iterator[DistEnv]:
                 " which goes on from the last checkpoint"
             ) from error
         if "DataLoader worker (pid" in str(error):
-            raise worker_lost(error) from error
+            raise WorkerLost(error) from error
         raise
     finally:
         if dist.is_initialized():

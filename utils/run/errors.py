@@ -23,15 +23,17 @@ class Preempted(Exception):
 
 
 class PeerLost(RuntimeError):
-    """Another process of the run, or a loading worker, has ended or cannot be reached."""
+    """Another process of the run has ended or cannot be reached."""
 
 
-def worker_lost(error: Exception) -> PeerLost:
-    """What to raise from the error that a dead loading worker causes."""
-    return PeerLost(
-        f"a loading worker ended ({error!r}): pass a smaller --workers if memory ran out;"
-        " the same command goes on from the last checkpoint"
-    )
+class WorkerLost(RuntimeError):
+    """A loading worker has ended; `error` is what that caused."""
+
+    def __init__(self, error: Exception):
+        super().__init__(
+            f"a loading worker ended ({error!r}): pass a smaller --workers if memory ran out;"
+            " the same command goes on from the last checkpoint"
+        )
 
 
 # What allocators other than Python's and CUDA's say in plain RuntimeErrors and OSErrors.
