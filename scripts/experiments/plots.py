@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from scripts.experiments.table import Table, read_table
-from scripts.experiments.verdicts import FEWEST_SEEDS, margin_of
+from scripts.experiments.verdicts import margin_of
 from utils.checkpoint.files import atomic_write
 from utils.run.command_line import markdown_table
 from utils.run.errors import UserError
@@ -40,13 +41,13 @@ def mean_and_margin(values: np.ndarray, form: str = ".2f") -> str:
     """The mean over seeds and, of three or more, half of its 95 % interval; empty without any."""
     if not len(values):
         return ""
-    mean = format(values.mean(), form)
-    return mean if len(values) < FEWEST_SEEDS else f"{mean} ± {margin_of(values):{form}}"
+    mean, margin = format(values.mean(), form), margin_of(values)
+    return f"{mean} ± {margin:{form}}" if math.isfinite(margin) else mean
 
 
 def bar(values: np.ndarray) -> float:
     """The length of an error bar: half of the 95 % interval, of fewer than three seeds nothing."""
-    return margin_of(values) if len(values) >= FEWEST_SEEDS else 0.0
+    return np.nan_to_num(margin_of(values), posinf=0)
 
 
 def over_seeds(rows: Table, axis: str, column: str) -> np.ndarray:

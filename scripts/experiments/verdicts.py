@@ -27,7 +27,7 @@ import numpy as np
 from scripts.experiments.table import Table, as_text
 
 SEEN, CONTRADICTED, NOT_DECIDED, NOT_RUN = "seen", "contradicted", "not decided", "not run"
-FEWEST_SEEDS = 3  # two that happen to agree would decide
+FEWEST_SEEDS = 3  # that have an interval: two that happen to agree would decide
 MOST_SEEDS = 100
 REDUCTIONS = {
     "mean": np.mean,
@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
 
     values: np.ndarray
     mean: float
-    margin: float  # half of the interval; infinite for a single seed
+    margin: float  # half of the interval; infinite for fewer than three seeds
     distance: float  # of the mean from the nearest end of what the paper says
     word: str
 
@@ -63,7 +63,7 @@ def judge(claim: Claim, rows: Table) -> Verdict:
     least, most = sides[claim["paper"]]
     distance = min(abs(mean - least), abs(mean - most))
     word = NOT_DECIDED if len(values) else NOT_RUN
-    if len(values) >= FEWEST_SEEDS and margin < distance:
+    if margin < distance:
         word = SEEN if least < mean < most else CONTRADICTED
     return Verdict(values, mean, margin, distance, word)
 
@@ -79,9 +79,9 @@ def seeds_needed(verdict: Verdict) -> float:
 def margin_of(values: np.ndarray, count: int | None = None) -> float:
     """Half of the 95 % interval of the mean, by Student's t, of `count` values scattered as these.
 
-    Without `count` of these themselves; infinite for a single one.
+    Without `count` of these themselves; infinite for fewer than `FEWEST_SEEDS` of them.
     """
-    if len(values) < 2:
+    if len(values) < FEWEST_SEEDS:
         return math.inf
     count = count or len(values)
     return student_t(count - 1) * values.std(ddof=1) / math.sqrt(count)
