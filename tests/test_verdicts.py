@@ -46,6 +46,7 @@ def test_intervals_are_those_of_a_printed_table_of_students_t():
         assert student_t(freedom) == pytest.approx(t, abs=1e-4)
     # Mean 2, deviation 1: 4.3027 * 1 / sqrt(3).
     assert margin_of(np.array([1.0, 2.0, 3.0])) == pytest.approx(2.4841, abs=1e-4)
+    assert margin_of(np.array([1.0])) == math.inf
     assert margin_of(np.array([1.0, 2.0])) == math.inf
 
 
@@ -67,6 +68,7 @@ def test_of_what_is_not_decided_the_seeds_that_would_decide_it_are_counted():
     assert seeds_needed(verdict([60, 62, 64], "above")) == 7
     assert seeds_needed(verdict([60, 62, 64], "equal", tolerance=2)) == 7
     assert seeds_needed(verdict([59, 62.1, 62], "above")) == math.inf  # -1, 1.1, 0
+    assert seeds_needed(verdict([61], "above")) == math.inf
     assert seeds_needed(verdict([61, 63], "above")) == math.inf
 
 
