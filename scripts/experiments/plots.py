@@ -95,10 +95,12 @@ def compare_runs(ours: Table, paper: Table, formats: Mapping[str, str]) -> list[
     return rows
 
 
-def draw_table1(ours: Table, paper: Table) -> Drawing:
-    figure, panels = plt.subplots(1, 2, figsize=(11, 5.5))
+def draw_stability(ours: Table, paper: Table, named: str = "run") -> Drawing:
+    """C2I against FF: the mean of each run with its interval; runs are `named` in the legend."""
+    sources = [ours, paper] if paper else [ours]
+    figure, panels = plt.subplots(1, len(sources), figsize=(11, 5.5), squeeze=False)
     runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
-    for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
+    for axes, title, source in zip(panels[0], HERE_AND_PAPER, sources, strict=False):
         squares = itertools.cycle(("none", "full"))
         for place, run in enumerate(runs):
             rows = source.where(run=run)
@@ -115,11 +117,11 @@ def draw_table1(ours: Table, paper: Table) -> Drawing:
         axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")  # nothing of the start left
         axes.set(xscale="log", xlabel="FF ratio", ylabel="C2I ratio", title=title)
         axes.margins(0.1)
-        axes.legend(title="run (weight decay): top-1", fontsize=8, title_fontsize=8)
+        axes.legend(title=f"{named}: top-1", fontsize=8, title_fontsize=8)
     return figure, compare_runs(ours, paper, STABILITY)
 
 
-def draw_stability(ours: Table, paper: Table) -> Drawing:
+def draw_stability_by_epoch(ours: Table, paper: Table) -> Drawing:
     """FF and C2I against epochs, without the runs of step 1."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 5))
     summary = [["", "FF, first epoch", "FF, last", "C2I, first epoch", "C2I, last"]]
@@ -375,8 +377,8 @@ def draw_rates(ours: Table, paper: Table) -> Drawing:
 
 # Experiments that are more than accuracies side by side.
 DRAWINGS: dict[str, Callable[[Table, Table], Drawing]] = {
-    "table1": draw_table1,
-    "table1_epochs": draw_stability,
+    "table1": functools.partial(draw_stability, named="run (weight decay)"),
+    "table1_epochs": draw_stability_by_epoch,
     "fig1": draw_surfaces,
     "fig2": draw_curves,
     "fig3": draw_activations,
@@ -386,7 +388,7 @@ DRAWINGS: dict[str, Callable[[Table, Table], Drawing]] = {
     "fig6": draw_two_nodes,
     "fig7": draw_latents,
     "fig8": draw_rates,
-    "beyond1": functools.partial(draw_accuracies, columns=STABILITY),
+    "beyond1": draw_stability,
     "scan": functools.partial(draw_accuracies, columns=STABILITY),
 }
 
