@@ -84,9 +84,9 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
         if claim.get("ours", False) is not ours:
             continue
         verdict = verdicts.judge(claim, rows)
-        count = len(verdict.values)
+        count, has_interval = len(verdict.values), math.isfinite(verdict.margin)
         here = f"{verdict.mean:.3g}" if count else ""
-        if math.isfinite(verdict.margin):
+        if has_interval:
             low, high = verdict.mean - verdict.margin, verdict.mean + verdict.margin
             here += f" [{low:.3g}, {high:.3g}]"
         published = format(float(claim["published"]), ".3g") if "published" in claim else ""
@@ -98,7 +98,7 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
         quantity = verdicts.quantity(claim)
         expected = f"{published} ({side})" if published else side
         word = f"**{verdict.word}**"
-        if verdict.word == verdicts.NOT_DECIDED and math.isfinite(verdict.margin):
+        if verdict.word == verdicts.NOT_DECIDED and has_interval:
             needed = verdicts.seeds_needed(verdict)
             word += f" ({f'>{verdicts.MOST_SEEDS}' if math.isinf(needed) else needed} seeds)"
         judged.append([text, quantity, expected, here, str(count), word])

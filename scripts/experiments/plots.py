@@ -95,12 +95,22 @@ def compare_runs(ours: Table, paper: Table, formats: Mapping[str, str]) -> list[
     return rows
 
 
+def here_and_paper(
+    ours: Table, paper: Table, height: float
+) -> tuple[Figure, list[tuple[Axes, Table]]]:
+    """A figure with a panel of our rows and, where there are any, one of the published ones."""
+    sources = [ours, paper] if paper else [ours]
+    figure, panels = plt.subplots(1, len(sources), figsize=(11, height), squeeze=False)
+    for axes, title in zip(panels[0], HERE_AND_PAPER, strict=False):
+        axes.set_title(title)
+    return figure, list(zip(panels[0], sources, strict=True))
+
+
 def draw_stability(ours: Table, paper: Table, named: str = "run") -> Drawing:
     """C2I against FF: the mean of each run with its interval; runs are `named` in the legend."""
-    sources = [ours, paper] if paper else [ours]
-    figure, panels = plt.subplots(1, len(sources), figsize=(11, 5.5), squeeze=False)
+    figure, panels = here_and_paper(ours, paper, height=5.5)
     runs = [run for run in ours.distinct("run") if not run.startswith("step 1")]
-    for axes, title, source in zip(panels[0], HERE_AND_PAPER, sources, strict=False):
+    for axes, source in panels:
         squares = itertools.cycle(("none", "full"))
         for place, run in enumerate(runs):
             rows = source.where(run=run)
@@ -115,7 +125,7 @@ def draw_stability(ours: Table, paper: Table, named: str = "run") -> Drawing:
             label = f"{run}: {top1.mean():.2f} %"
             axes.errorbar(ff.mean(), c2i.mean(), bar(c2i), bar(ff), label=label, **look)
         axes.axhline(0.5, color="gray", linewidth=0.8, linestyle=":")  # nothing of the start left
-        axes.set(xscale="log", xlabel="FF ratio", ylabel="C2I ratio", title=title)
+        axes.set(xscale="log", xlabel="FF ratio", ylabel="C2I ratio")
         axes.margins(0.1)
         axes.legend(title=f"{named}: top-1", fontsize=8, title_fontsize=8)
     return figure, compare_runs(ours, paper, STABILITY)
@@ -144,9 +154,8 @@ def draw_stability_by_epoch(ours: Table, paper: Table) -> Drawing:
 
 def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] = ACCURACY) -> Drawing:
     """The mean of each run with its interval, dots for single seeds."""
-    sources = [ours, paper] if paper else [ours]
-    figure, panels = plt.subplots(1, len(sources), figsize=(11, 4.5), squeeze=False)
-    for axes, title, source in zip(panels[0], HERE_AND_PAPER, sources, strict=False):
+    figure, panels = here_and_paper(ours, paper, height=4.5)
+    for axes, source in panels:
         runs = source.distinct("run")[::-1]
         for place, run in enumerate(runs):
             values = source.where(run=run).numbers("top1")
@@ -158,7 +167,7 @@ def draw_accuracies(ours: Table, paper: Table, columns: Mapping[str, str] = ACCU
         axes.set_yticks(range(len(runs)), runs, fontsize=8)
         axes.margins(x=0.15, y=0.5 / len(runs))
         axes.grid(axis="y", linewidth=0.4)
-        axes.set(title=title, xlabel="top-1 %")
+        axes.set(xlabel="top-1 %")
     return figure, compare_runs(ours, paper, columns)
 
 
@@ -357,9 +366,9 @@ def draw_latents(ours: Table, paper: Table) -> Drawing:
 
 def draw_rates(ours: Table, paper: Table) -> Drawing:
     """The mean over seeds at each rate with its interval, single seeds as dots."""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
+    figure, panels = here_and_paper(ours, paper, height=4.5)
     summary = [["", "optimizer", "learning rate", "top-1"]]
-    for axes, title, source in zip(panels, HERE_AND_PAPER, (ours, paper), strict=True):
+    for axes, source in panels:
         for optimizer in ours.distinct("optimizer"):
             rows = source.where(optimizer=optimizer)
             rates, top1 = rows.numbers("learning_rate"), rows.numbers("top1")
@@ -369,9 +378,10 @@ def draw_rates(ours: Table, paper: Table) -> Drawing:
             style = {"capsize": 3, "label": optimizer, **OPTIMIZERS[optimizer]}
             axes.errorbar(list(seeds), means, bars, **style)
             for rate, values in seeds.items():
-                summary.append([title, optimizer, f"{rate:g}", mean_and_margin(values)])
-        axes.set(xscale="log", xlabel="initial learning rate", ylabel="top-1 %", title=title)
-    panels[0].legend()
+                cells = [axes.get_title(), optimizer, f"{rate:g}", mean_and_margin(values)]
+                summary.append(cells)
+        axes.set(xscale="log", xlabel="initial learning rate", ylabel="top-1 %")
+    panels[0][0].legend()
     return figure, summary
 
 
