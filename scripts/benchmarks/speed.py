@@ -138,7 +138,7 @@ def pass_line(row: dict) -> dict[str, str]:
         "": row["what"],
         "options": row["case"],
         "batch": str(row["batch"]),
-        "other, images/s": f"{row['batch'] / median(theirs):.1f}",
+        "reference, images/s": f"{row['batch'] / median(theirs):.1f}",
         "images/s (range)": rate_with_range(ours, row["batch"]),
         "times": f"{median(theirs) / median(ours):.2f}",
     }
