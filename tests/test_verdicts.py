@@ -92,7 +92,7 @@ def test_terms_choose_rows_and_reduce_them():
     assert judge(both | {"paper": "above"}, rows).mean == 2.5 + 7 - 6
     with pytest.raises(UserError, match="no column 'y'"):
         judge({"column": "y", "plus": term, "paper": "above"}, rows)
-    assert quantity(both) == "x: a / epoch last + epoch 0 / layer [2, 3] - epoch 0"
+    assert quantity(both) == "x: *a / epoch last* + *epoch 0 / layer [2, 3]* - *epoch 0*"
 
 
 def test_every_claim_names_runs_of_its_experiment_and_a_side():

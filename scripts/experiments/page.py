@@ -30,7 +30,7 @@ READING = f"""\
 - Nothing is corrected for the number of claims: of differences that are truly 0, one in 20 is
   decided wrongly.
 - Not counted are{MARKS["added"]}, written when results of the first seed had been seen, and
- {MARKS["flawed"]}, written before, but found to ask something else than the paper says.
+ {MARKS["flawed"]}, found to measure something else than they say.
 - FF ratio: share of the signs that one update flips, the mean over a training; C2I ratio: share
   that still is as at the start; CAM: mean |w| of a kernel; SDAM: its standard deviation over the
   kernels of a layer; saturation: share of activations beyond 1."""

@@ -12,7 +12,7 @@ A claim, in an experiment's YAML, is a quantity and the side of 0 on which the p
     quantity    in words, where those made of the terms would not be clear
     ours        true for a control or an extension, which is not the paper's
     added       true for a claim written when results of a seed had been seen
-    flawed      true for a claim that turned out to ask something else than the paper says
+    flawed      true for a claim that turned out to measure something else than it says
 
 The quantity, sum of `plus` less sum of `minus`, is formed for each seed that has all terms.
 """
@@ -144,7 +144,7 @@ def select(rows: Table, column: str, chosen: Any) -> Table:
 
 
 def quantity(claim: Claim) -> str:
-    """The claim's quantity in words, such as `top1: A - B`."""
+    """The claim's quantity in words, such as `top1: *A* - *B*`, in Markdown."""
     if "quantity" in claim:
         return claim["quantity"]
     text = ""
@@ -153,7 +153,7 @@ def quantity(claim: Claim) -> str:
             str(value) if column in ("run", "optimizer", "column") else f"{column} {value}"
             for column, value in term.items()
         ]
-        text += (" + " if sign > 0 else " - ") + " / ".join(words)
+        text += (" + " if sign > 0 else " - ") + f"*{' / '.join(words)}*"
     name = " ".join(claim[key] for key in ("of", "column") if key in claim)
     text = text.removeprefix(" + ")
     return f"{name}: {text}" if name else text
