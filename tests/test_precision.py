@@ -1,6 +1,7 @@
 """Precision, memory layout, compilation and accumulation change rounding and nothing else."""
 
 import copy
+import functools
 import itertools
 import shutil
 
@@ -152,6 +153,18 @@ def test_a_compiled_block_computes_what_the_eager_one_does(name, part, device):
             results.append((y, *gradients, *module.buffers()))
         for mine, theirs in zip(*results, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_each_size_of_a_batch_is_compiled_for_student_and_teacher_alike(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for model in (tiny().eval(), tiny("strong_baseline_r18").eval()):  # of one forward method
+        fast = compiled(model, COMPILED)
+        for count in range(1, 6):
+            fast(batch(count)[0])
+    assert counters["stats"]["unique_graphs"] == 10
 
 
 @needs_compiler

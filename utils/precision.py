@@ -2,7 +2,7 @@
 
 Weights and the optimizer always stay in float32.  So does the residual path behind an RPReLU,
 except with bfloat16_residual.  Before the first RPReLU, and in networks without one (Bi-Real-18,
-MeliusNet29), bfloat16 sums what BN gives in bfloat16.
+MeliusNet29), it is in bfloat16 as well.
 """
 
 import torch
@@ -53,5 +53,9 @@ def place(model: nn.Module, config, device: torch.device) -> nn.Module:
 
 def compiled(model: nn.Module, config) -> nn.Module:
     """`model` with its passes compiled by torch.compile, or itself; parameters are shared."""
+    if not config.compile:
+        return model
+    # Each size of a batch is compiled anew, for all networks of a class: student and teacher.
+    torch._dynamo.config.recompile_limit = 64
     # Otherwise the last, smaller batch of an epoch would make all later ones take slower code.
-    return torch.compile(model, dynamic=False) if config.compile else model
+    return torch.compile(model, dynamic=False)

@@ -87,7 +87,6 @@ def serve(connection: Connection, number: int, of: int) -> None:
     if of > 1 and gpus:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus]
-    torch._dynamo.config.recompile_limit = 64  # networks of all kinds have one forward method
     while True:
         try:
             run = connection.recv()
