@@ -32,7 +32,11 @@ def measured(folder: Path) -> str:
         parts.append(path.read_text().strip())
     if trained := sorted(folder.glob(f"training-*/{RECORDS}")):
         parts.append(table(map(training_line, trained)))
-    return "\n## Measured\n\n" + "\n\n".join(parts or ["Nothing of `scripts/on_gpu.sh` has been run."]) + "\n"
+    return (
+        "\n## Measured\n\n"
+        + "\n\n".join(parts or ["Nothing of `scripts/on_gpu.sh` has been run."])
+        + "\n"
+    )
 
 
 def training_line(records: Path) -> dict[str, str]:
