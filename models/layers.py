@@ -137,7 +137,7 @@ def _batch_norm(x: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor, bias
         for norm, batch_mean, batch_var in shares:
             norm.num_batches_tracked.add_(1)
             # Without a momentum, as in `update_bn`, the mean over all batches.
-            momentum = norm.momentum or 1 / norm.num_batches_tracked
+            momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
             norm.running_mean.mul_(1 - momentum).add_(batch_mean * momentum)
             norm.running_var.mul_(1 - momentum).add_(batch_var * momentum)
     return y
@@ -151,7 +151,7 @@ class RealActivation(nn.Module):
 
 
 class ChannelScale(nn.Module):
-    """Where the scale of a binary convolution goes that no BN follows: x, or once folded x * c.
+    """Takes up the scale of a binary convolution that no BN follows: x, or once folded x * c.
 
     c, (C, 1, 1), is None in training; only a network of exact weights has it in its state dict.
     """
@@ -190,10 +190,14 @@ class NetworkOptions:
         return Sign(self.activation_ste) if self.binary_activations else RealActivation()
 
     def conv(self, *args, **kwargs) -> LatentConv2d:
-        """A convolution behind `sign()` that may be binary, without bias; else as `nn.Conv2d`."""
+        """A convolution that may be binary, without bias; else as `nn.Conv2d`.
+
+        Its input is the output of `sign()` itself, with no pooling or scale in between: in float32
+        the sums of binary weights and activations are rounded to whole numbers.
+        """
         if not self.binary_weights:
             return LatentConv2d(*args, **kwargs)
-        binary = {"latent_init": self.latent_init, "of_signs": self.binary_activations}
+        binary = {"latent_init": self.latent_init, "binary_inputs": self.binary_activations}
         conv = BinaryConv2d(*args, **binary, **kwargs)
         conv.weight.data.mul_(self.latent_scale)
         return conv
@@ -226,11 +230,12 @@ def concatenated_conv_bn(
     """Each convolution of the same x (N, C, H, W), then its BN, concatenated along the channels.
 
     In training one convolution and one BN of the concatenated parameters compute the same: fewer
-    and larger kernels, compiled or not.  In eval mode each layer is called by itself.
+    and larger kernels, compiled or not, but no hooks of these layers are called.  In eval mode
+    each layer is called by itself.
     """
     # Not of nn.SyncBatchNorm, and not of the reference's convolutions.
     is_plain = type(norms[0]) is BatchNorm2d and type(convs[0]) in (LatentConv2d, BinaryConv2d)
-    if not (is_plain and norms[0].training):
+    if not (is_plain and all(norm.training for norm in norms)):
         pairs = zip(convs, norms, strict=True)
         return torch.cat([norm(conv(x)) for conv, norm in pairs], dim=1)
     y = convs[0]._conv_forward(x, torch.cat([conv.weight for conv in convs]), None)

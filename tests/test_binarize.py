@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from utils import binarize
-from utils.binarize import BinaryConv2d, Sign, binarize_weight, sign
+from utils.binarize import BinaryConv2d, LatentConv2d, Sign, binarize_weight, sign
 from utils.run.errors import UserError
 
 EPS = np.finfo(np.float64).eps
@@ -111,6 +111,13 @@ def test_unknown_names_are_refused_with_the_valid_ones():
         Sign("swish")
     with pytest.raises(UserError, match="positive, symmetric"):
         BinaryConv2d(1, 1, 1, latent_init="zero")
+
+
+@pytest.mark.parametrize("padding", [{"padding": "same"}, {"padding_mode": "reflect"}])
+@pytest.mark.parametrize("convolution", [LatentConv2d, BinaryConv2d])
+def test_both_steps_refuse_a_padding_that_binary_weights_cannot_have(convolution, padding):
+    with pytest.raises(UserError, match="zeros"):
+        convolution(4, 4, 3, **padding)
 
 
 def test_doctests_hold():

@@ -126,6 +126,20 @@ def test_bn_can_be_recalibrated_to_the_mean_over_batches(name):
     torch.testing.assert_close(model.eval()(images), model.train()(images), rtol=0.1, atol=0.2)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_bn_of_momentum_0_or_in_eval_mode_keeps_its_statistics(name):
+    model = build_model(name, num_classes=4, width=narrow(name, 0.125), small_images=True)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.0
+    model(torch.randn(8, 3, 32, 32))
+    for norm in norms[1::2]:
+        norm.momentum = 0.1
+        norm.eval()
+    model(torch.randn(8, 3, 32, 32))
+    assert all((n.running_mean == 0).all() and (n.running_var == 1).all() for n in norms)
+
+
 @pytest.mark.parametrize(("activations", "weights"), FLAGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_flags_decide_what_is_binary(name, activations, weights):

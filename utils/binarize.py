@@ -88,19 +88,19 @@ class ScaledSignClipSTE(torch.autograd.Function):
 class BinaryConvolution(torch.autograd.Function):
     """y = conv(x, w_b) = conv(x, Sign(w)) * mean|w|;  dL/dw := dL/dw_b * 1[|w| <= 1].
 
-    The scale comes after the convolution, whose sums `of_signs`, of -1 and +1, are then whole
+    The scale comes after the convolution.  The sums of `binary_inputs`, -1 and +1, are then whole
     numbers, exact in any order of summation: a sum of 0 is exactly 0, and a PReLU behind it takes
-    the right slope.  In a lower precision the forward pass rounds y alone.
+    the right slope.  bfloat16 holds these sums exactly up to 256, and rounds larger ones.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor, of_signs: bool, *geometry) -> Tensor:
+    def forward(ctx, x: Tensor, w: Tensor, binary_inputs: bool, *geometry) -> Tensor:
         ctx.geometry = geometry  # stride, padding, dilation, groups
         dtype = _autocast_dtype(x)
         x = x.to(dtype)
         ctx.save_for_backward(x, w)
         y = F.conv2d(x, _sign(w, dtype), None, *ctx.geometry)
-        if of_signs and dtype == torch.float32:
+        if binary_inputs and dtype == torch.float32:
             # Some algorithms of cuDNN, such as Winograd's, round on their way.
             y = torch.round(y, out=_overwrite(y))
         y = torch.mul(y, channel_scale(w).view(1, -1, 1, 1), out=_overwrite(y))
@@ -217,6 +217,9 @@ class RPReLU(nn.PReLU):
 
     low_precision = False  # return autocast's dtype, not float32; `place` sets it (residual path)
 
+    def __init__(self, channels: int):
+        super().__init__(channels)
+
     def forward(
         self, x: Tensor, before: Tensor | None = None, after: Tensor | None = None
     ) -> Tensor:
@@ -224,32 +227,44 @@ class RPReLU(nn.PReLU):
 
 
 class LatentConv2d(nn.Conv2d):
-    """A convolution without bias whose weights are real-valued in step 1, binary in step 2."""
+    """A convolution without bias whose weights are real-valued in step 1, binary in step 2.
+
+    Args:
+        args, kwargs: of `nn.Conv2d`, but for `bias`; padding is a number of zeros.
+
+    Raises:
+        UserError: another padding.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, bias=False, **kwargs)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise UserError("a convolution with latent weights pads with a number of zeros")
 
 
 class BinaryConv2d(LatentConv2d):
-    """A convolution whose `weight` holds the latent weights and convolves their binarized form.
+    """A convolution with the binarized form of its `weight`, which holds the latent weights.
+
+    (N, C, H, W) -> (N, C', H', W').
 
     Args:
-        args, kwargs: of `nn.Conv2d`, which here has no bias and pads with zeros.
+        args, kwargs: of `LatentConv2d`.
         latent_init: "positive", `rand * 0.001` as in the released code (training from scratch then
             starts with every sign at +1), or "symmetric", the default init of `nn.Conv2d`.
-        of_signs: whether Sign stands before it, so that its inputs are -1 and +1.
+        binary_inputs: whether its inputs are -1 and +1, so that float32 may round its sums, which
+            Winograd's algorithm leaves inexact, to whole numbers.
 
     Raises:
         UserError: an unknown `latent_init`.
     """
 
-    def __init__(self, *args, latent_init: str = "positive", of_signs: bool = False, **kwargs):
+    def __init__(self, *args, latent_init: str = "positive", binary_inputs: bool = False, **kwargs):
         if latent_init not in LATENT_INITS:
             raise UserError(
                 f"unknown latent_init {latent_init!r}: choose one of {', '.join(LATENT_INITS)}"
             )
         self.latent_init = latent_init
-        self.of_signs = of_signs
+        self.binary_inputs = binary_inputs
         super().__init__(*args, **kwargs)
 
     def reset_parameters(self) -> None:
@@ -259,7 +274,7 @@ class BinaryConv2d(LatentConv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: None) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return BinaryConvolution.apply(x, weight, self.of_signs, *geometry)
+        return BinaryConvolution.apply(x, weight, self.binary_inputs, *geometry)
 
 
 # Helpers
@@ -311,7 +326,7 @@ def _ones_where(compare, x: Tensor, bound: float, dtype: torch.dtype | None = No
     """1 where `compare`, torch.lt or torch.le, holds for x and `bound`, 0 elsewhere; x's dtype."""
     if torch.compiler.is_compiling():
         return compare(x, bound).to(dtype or x.dtype)
-    # Comparing straight into floats: on a CPU, ten times faster than through booleans.
+    # Comparing straight into floats: on a CPU, several times faster than through booleans.
     return compare(x, bound, out=torch.empty_like(x, dtype=dtype))
 
 

@@ -153,5 +153,5 @@ def reduced(meter: Meter) -> Meter:
 
 @torch.no_grad()
 def count_outputs(model: nn.Module, image_size: int, device: torch.device) -> int:
-    """The number of classes a network in eval mode tells apart, asked of the network itself."""
+    """The number of logits of a network in eval mode, found by a forward pass."""
     return model(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]

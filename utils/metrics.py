@@ -1,4 +1,4 @@
-"""What the paper measures of a binary network, as pure functions; then who follows a training run.
+"""What the paper measures of a binary network, as pure functions; then the hook that tracks it.
 
     FF ratio    share of the signs that one update flips
     C2I ratio   share of the signs that are still the initial ones

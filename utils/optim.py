@@ -14,10 +14,10 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "fused": True}
 
 
 def build_optimizer(model: nn.Module, config) -> Optimizer:
-    """Adam with coupled L2 (added to the gradient; AdamW's is not) on one of its two groups.
+    """Adam with coupled L2 decay (added to the gradient, unlike AdamW's) of one parameter group.
 
-    Group 0 is left alone, group 1 decays: the order of the released optimizer states.  Latent
-    weights are a third group, which decays too, if they have a rate of their own.
+    Group 0 has no weight decay, group 1 has: the order of the released optimizer states.  With a
+    `latent_rate` other than 1 latent weights are a third group, with weight decay.
 
     Args:
         config: its `learning_rate`, `latent_rate`, `weight_decay`, `decay_group`, `optimizer` (the
