@@ -73,11 +73,13 @@ def load_network(
         name, options = config.model, config.network_options()
     else:
         name, options = infer_architecture(state, source)
-        options = {**(defaults or {}), **options, **given}
+        assumed = {"binary_activations": True, "small_images": False, **(defaults or {})}
+        options = {**assumed, **given, **options}
         if "binary_weights" not in options:
             raise UserError(
                 f"{source} holds {name}, and its layout does not tell step 1 from step 2:"
-                " pass --binary_weights false if its weights are real (step 1), else true"
+                " pass --binary_weights false if its weights are real (step 1), else true;"
+                " of a teacher, to scripts/convert.py --to packed, and that file as --teacher"
             )
     for option, value in given.items():
         if options.get(option, value) != value:
@@ -131,7 +133,7 @@ def infer_architecture(state: Mapping[str, Tensor], source: Path) -> tuple[str, 
         if not missing and not left_over:
             stem = next(iter(own))
             width = len(fitted[stem]) / len(own[stem])
-            options = {"width": width, "binary_activations": True, "small_images": False}
+            options = {"width": width}
             # Only step 2 was ever stored flat, and only binary kernels are exactly -1 and +1.
             kernels = [value for key, value in fitted.items() if "binary" in key]
             is_flat = any(key.endswith(".weights") for key in state)

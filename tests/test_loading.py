@@ -135,6 +135,15 @@ def test_a_file_that_tells_is_not_overruled(tmp_path):
         load_network(path, binary_weights=False)
 
 
+def test_flat_kernels_which_only_step_2_has_are_not_overruled(tmp_path):
+    path = tmp_path / "file"
+    write_checkpoint(path, released(flat(large("reactnet_a").state_dict())))
+    with pytest.raises(UserError, match="was trained with binary_weights True, not False"):
+        load_network(path, binary_weights=False)
+    loaded = load_network(path, binary_activations=False)
+    assert not loaded.options["binary_activations"]
+
+
 def test_another_architecture_names_the_closest_and_what_does_not_fit(tmp_path):
     from torchvision.models import resnet18
 

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from utils.binarize import is_binary, latent_convolutions
 from utils.checkpoint.files import atomic_write, sha256
 from utils.checkpoint.packed import SUFFIX, read_packed
 from utils.checkpoint.seal import is_intact, seal
@@ -124,6 +125,9 @@ def load_initial_weights(model: nn.Module, path: str | None) -> str:
         return "scratch"
     checkpoint = read_checkpoint(path)
     load_strictly(model, checkpoint)
+    latent = [layer.weight for layer in latent_convolutions(model).values()]
+    if latent and all(map(is_binary, latent)):
+        return f"{checkpoint}; warning: all latent weights are -1 or +1, where few signs ever flip"
     return str(checkpoint)
 
 

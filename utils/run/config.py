@@ -315,7 +315,10 @@ def from_saved(values: Any, source: Path | str) -> Config:
     """The configuration that a checkpoint carries, checked like one just written."""
     if not isinstance(values, dict):
         raise UserError(f"{source} carries no configuration: it was not written by this repo")
-    return _complete(checked(values, Path.cwd()), source)
+    try:
+        return _complete(checked(values, Path.cwd()), source)
+    except UserError as error:
+        raise UserError(f"the configuration in {source} is another version's: {error}") from error
 
 
 def as_yaml(config: Config) -> str:
