@@ -50,6 +50,8 @@ def prepare(archives: Path, folder: Path) -> None:
         "val": not val.exists() and not unsorted.exists(),
         "devkit": not val.exists() or is_flat,
     }
+    if needed["devkit"]:
+        check_scipy()
     paths = check_archives(archives, [name for name in needed if needed[name]])
     wnids = val_wnids(paths["devkit"]) if needed["devkit"] else []
     if needed["train"]:
@@ -61,6 +63,16 @@ def prepare(archives: Path, folder: Path) -> None:
     if needed["devkit"]:
         sort_val(unsorted, wnids)
         unsorted.rename(val)
+
+
+def check_scipy() -> None:
+    try:
+        import scipy.io  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "the classes in the devkit are a MATLAB file, which needs the package scipy:"
+            " python -m pip install scipy"
+        ) from error
 
 
 def check_archives(folder: Path, names: Iterable[str]) -> dict[str, Path]:
@@ -81,15 +93,9 @@ def check_archives(folder: Path, names: Iterable[str]) -> dict[str, Path]:
 
 def val_wnids(devkit: Path) -> list[str]:
     """The class of each validation image, in the order of their numbers."""
-    try:
-        with TemporaryDirectory() as folder:
-            parse_devkit_archive(folder, str(devkit.absolute()))
-            return load_meta_file(folder)[1]
-    except ImportError as error:
-        raise UserError(
-            f"the classes in {devkit} are a MATLAB file, which needs the package {error.name}:"
-            " python -m pip install scipy"
-        ) from error
+    with TemporaryDirectory() as folder:
+        parse_devkit_archive(folder, str(devkit.absolute()))
+        return load_meta_file(folder)[1]
 
 
 def unpack_train(archive: Path, train: Path) -> None:
@@ -136,7 +142,7 @@ def check_counts(folder: Path) -> None:
         if (len(images), len(images.classes)) != (expected, IMAGENET_CLASSES):
             raise UserError(
                 f"{folder / split} holds {count} instead of {expected:,} in {IMAGENET_CLASSES:,}:"
-                " remove it, and the same command makes it again"
+                " where you have its archive, remove it, and the same command makes it again"
             )
 
 
