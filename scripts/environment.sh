@@ -5,7 +5,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${VENV:-$root/.venv}"
 python="${PYTHON:-python3}"
 if "$venv/bin/python" -m pip --version > /dev/null 2>&1; then python="$venv/bin/python"; fi
-version="$("$python" --version 2>&1)"
+version="$("$python" --version 2>&1 || true)"
 case "$version" in
   "Python 3.1"[1-4].*) ;;
   *) echo "error: Python 3.11 to 3.14 is needed, and $python is: $version; set PYTHON to another, or remove $venv" >&2

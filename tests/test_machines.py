@@ -223,6 +223,16 @@ def test_python_must_be_3_11_to_3_14(tmp_path, version, code):
         assert f"Python {version}" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_a_python_that_is_not_there_is_named(tmp_path):
+    result = subprocess.run(
+        ["bash", "-ec", f"source {ROOT}/scripts/environment.sh requirements.txt"],
+        env={**os.environ, "PYTHON": "python9", "VENV": str(tmp_path / "venv")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "and python9 is: " in result.stderr
+
+
 def test_every_required_version_is_in_the_lock_file():
     def pins(name: str) -> set[str]:
         lines = (ROOT / name).read_text().lower().splitlines()
