@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from utils.data.decode import whole_image
@@ -37,8 +38,9 @@ def main() -> None:
     parser.add_argument("--workers", type=positive, default=usable_cores(), help="processes")
     parser.add_argument("--classes", action="store_true", help="also print the count of each class")
     arguments = parser.parse_args()
-    train = check(arguments.folder / "train", arguments.workers)
-    val = check(arguments.folder / arguments.val_dir, arguments.workers)
+    folders = arguments.folder / "train", arguments.folder / arguments.val_dir
+    listed = [open_image_folder(folder, whole_image, allow_empty=True) for folder in folders]
+    train, val = (check(images, arguments.workers) for images in listed)
     print(summary(train, val))
     if arguments.classes:
         names = sorted({*train.images, *val.images})
@@ -50,9 +52,9 @@ def main() -> None:
         raise UserError(message)
 
 
-def check(folder: Path, workers: int) -> Split:
-    """List a split's classes and decode all of its images."""
-    listed = open_image_folder(folder, whole_image, allow_empty=True)
+def check(listed: ImageFolder, workers: int) -> Split:
+    """Count a split's images and decode all of them."""
+    folder = Path(listed.root)
     images = Counter(dict.fromkeys(listed.classes, 0))
     images.update(listed.classes[target] for target in listed.targets)
     paths = [path for path, _ in listed.samples]

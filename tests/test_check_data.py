@@ -64,6 +64,10 @@ def test_a_missing_folder_is_one_sentence(run_script, tmp_path):
     run_script("check_data", tmp_path / "no").assert_one_sentence("cannot list", "<class>/")
 
 
+def test_a_wrong_name_of_the_validation_folder_is_told_before_anything_is_decoded(check):
+    check("--val_dir", "test").assert_one_sentence("cannot list", "test")
+
+
 def test_a_link_to_nothing_is_an_unreadable_image_and_odd_names_are_escaped(
     check, run_step, own_images
 ):
@@ -71,7 +75,7 @@ def test_a_link_to_nothing_is_an_unreadable_image_and_odd_names_are_escaped(
     link.symlink_to("nothing")
     escaped = "star/two\\nlines\\udcff.png"
     assert escaped in check().out
-    run_step(1, data=own_images).assert_one_sentence("cannot decode image", escaped)
+    run_step(1, data=own_images).assert_one_sentence("cannot read image", escaped)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -161,7 +161,7 @@ def test_a_cached_data_set_of_several_sizes_is_refused(config, own_images):
     config = replace(config, data=str(own_images), cache_images=True)
     path = next(own_images.glob("train/*/*.png"))
     Image.open(path).resize((40, 40)).save(path)
-    with pytest.raises(UserError, match="needs square images of one size, and these are of 2"):
+    with pytest.raises(UserError, match=r"needs square images of one size, and one is \d+ x \d+ p"):
         build_loaders(config, dist_env())
 
 

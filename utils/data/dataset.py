@@ -84,13 +84,15 @@ class SeededDataset(Dataset):
         Raises:
             UserError: they are not all squares of one size.
         """
-        images = [bytes_of(self.images[index][0]) for index in self.chosen]
-        shapes = {image.shape for image in images}
-        if len(shapes) > 1 or images[0].shape[0] != images[0].shape[1]:
-            raise UserError(
-                "cache_images needs square images of one size, and these are of"
-                f" {len(shapes)} sizes, {tuple(images[0].shape[:2])} for one: set it to false"
-            )
+        images = []
+        for index in self.chosen:
+            images.append(bytes_of(self.images[index][0]))
+            height, width, _ = images[-1].shape
+            if not height == width == len(images[0]):
+                raise UserError(
+                    "cache_images needs square images of one size, and one is"
+                    f" {width} x {height} pixels: set it to false"
+                )
         labels = torch.tensor([self.images.targets[index] for index in self.chosen])
         return torch.stack(images).permute(0, 3, 1, 2).contiguous(), labels
 

@@ -83,9 +83,13 @@ class CroppedImage:
 def _decoding(path: str | Path) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises many types for a file it cannot decode
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"cannot decode image {path} ({reason}): repair or remove it") from error
+        if reason := getattr(error, "strerror", None):  # an OSError of the system
+            raise UserError(f"cannot read image {path}: {reason}") from error
+        name = type(error).__name__
+        raise UserError(f"cannot decode image {path} ({name}): repair or remove it") from error
 
 
 def nvimagecodec() -> ModuleType:
