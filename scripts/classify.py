@@ -5,7 +5,7 @@
 FILE is a checkpoint of any layout, a packed file, an ONNX or an OpenVINO network.  Classes are
 called as the folders in DIR, laid out like a data set's train/; without --classes, the 1000 of an
 ImageNet network have their names, and those of another network are numbers.  The time is that of
-the network for one image after its first, which also prepares the engine.
+the network for one image, after a first one of zeros, which also prepares the engine.
 """
 
 import sys
@@ -21,6 +21,7 @@ from models.export import open_network
 from utils.data.decode import whole_image
 from utils.data.image_folder import class_names_of_network
 from utils.data.transforms import ValTransform, normalize_batch
+from utils.engine import count_outputs
 from utils.run.command_line import Parser, add_network_options, command
 
 
@@ -37,15 +38,15 @@ def main() -> None:
         arguments.file, binary_weights=arguments.binary_weights, small_images=arguments.small_images
     )
     transform = ValTransform(network)
-    decoded = [transform(whole_image(path)) for path in arguments.images]
-    images = [normalize_batch(pixels[None], shift[None]) for pixels, shift in decoded]
-    outputs = network.model(images[0]).shape[1]
+    outputs = count_outputs(network.model, network.image_size, torch.device("cpu"))
     names = ResNet34_Weights.DEFAULT.meta["categories"]  # ImageNet's
     if arguments.classes:
         names = class_names_of_network(arguments.classes, outputs)
     elif outputs != len(names):
         names = [f"class {i}" for i in range(outputs)]
-    for path, image in zip(arguments.images, images, strict=True):
+    for path in arguments.images:
+        pixels, shift = transform(whole_image(path))
+        image = normalize_batch(pixels[None], shift[None])
         started = time.perf_counter()
         logits = network.model(image)
         print(f"{path}: {1000 * (time.perf_counter() - started):.1f} ms")
