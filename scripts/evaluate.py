@@ -46,7 +46,8 @@ from utils.run.errors import UserError
 
 Z95 = 1.959964  # of a two-sided 95 % interval
 DEFAULTS = Path(__file__).resolve().parents[1] / "step2" / "config.yaml"
-DATA_OPTIONS = ("data", "val_dir", "cache_dir", "image_size", "val_resize", "batch_size", "workers")
+DATA_OPTIONS = ("data", "val_dir", "val_per_class", "cache_dir", "image_size", "val_resize")
+DATA_OPTIONS += ("batch_size", "workers")
 Network = LoadedNetwork | ExportedNetwork
 
 

@@ -72,6 +72,7 @@ def test_evaluation_repeats_the_validation_of_training(trained, results):
         low, high = result[f"{name}_interval"]
         assert low <= result[name] <= high
     assert "reactnet_a" in result["network"] and "latent weights" in result["network"]
+    assert results(trained, "--val_per_class", 1)["images"] == len(CLASSES)
 
 
 @pytest.mark.parametrize("name", ["reactnet_a", "real_to_binary_r18", "meliusnet29", "bcdnet_a"])
@@ -136,7 +137,7 @@ def test_classification_refuses_what_it_cannot_read(trained, run_script, image_f
     text.write_text("no image")
     run_script("classify", trained, text).assert_one_sentence("cannot decode image", "text.png")
     missing = run_script("classify", trained, tmp_path / "cat.png")
-    missing.assert_one_sentence("cannot decode image", "cat.png (No such file")
+    missing.assert_one_sentence("cannot read image", "cat.png: No such file")
     run_script("classify", trained, tmp_path / "none.png").assert_one_sentence("none.png")
     wrong = ("classify", trained, picture, "--classes", tmp_path)
     run_script(*wrong).assert_one_sentence("has 3 classes and", "train/")
@@ -254,6 +255,24 @@ def test_evaluation_refuses_what_it_cannot_answer(trained, evaluate, tmp_path, r
     half.write_bytes(trained.read_bytes()[: trained.stat().st_size // 2])
     evaluate(half).assert_one_sentence("damaged or truncated")
     run_script("inspect_checkpoint", half).assert_one_sentence("damaged or truncated")
+
+
+def test_too_little_memory_is_one_sentence(trained, evaluate, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    monkeypatch.setattr(engine, "evaluate", too_large)
+    evaluate(trained).assert_one_sentence("out of memory", "smaller batch")
+
+
+def test_training_from_exact_weights_warns_that_their_signs_hardly_flip(
+    trained, converted, run_step, tmp_path
+):
+    packed = converted(trained, "packed")
+    warning = "warning: all latent weights are -1 or +1"
+    for path, warns in ((trained, False), (packed, True)):
+        result = run_step(2, init_from=path, save=tmp_path / str(warns), epochs=1)
+        assert result.code == 0 and (warning in result.out) is warns, result.err
 
 
 def test_inspection_shows_network_layout_and_every_binary_layer(trained, converted, run_script):

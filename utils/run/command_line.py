@@ -15,6 +15,7 @@ from utils.run.errors import (
     Preempted,
     UserError,
     WorkerLost,
+    is_out_of_memory,
 )
 
 EXIT_CODE = 2
@@ -40,6 +41,11 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 time.sleep(turn * _TURN_SECONDS)
             print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
             sys.exit(1 if isinstance(error, PeerLost | WorkerLost) else EXIT_CODE)
+        except (MemoryError, OSError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            print("error: out of memory: choose smaller images or a smaller batch", file=sys.stderr)
+            sys.exit(EXIT_CODE)
         except Preempted:
             sys.exit(PREEMPTED_EXIT_CODE)
         except KeyboardInterrupt:
