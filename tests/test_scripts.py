@@ -4,13 +4,16 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, VAL, launch, narrow, write_images
+from conftest import CLASSES, ROOT, VAL, launch, narrow, write_images
 
 from scripts import convert
 from scripts.evaluate import intervals
@@ -358,6 +361,15 @@ def test_counts_are_printed_as_text_csv_and_json(run_script):
     rows = json.loads(run_script("count_ops", "reactnet_a", "--format", "json").out)
     assert rows[-1]["bops"] == sum(row["bops"] for row in rows[:-1]) == 4_816_896_000
     run_script("count_ops", "resnet50").assert_one_sentence("unknown model", "reactnet_a", "bireal")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, ROOT / "scripts" / "count_ops.py", "bireal_r18"]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 def test_summary_is_a_table_and_a_picture(trained, run_script, tmp_path):

@@ -34,6 +34,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
+            sys.stdout.flush()
         except (UserError, NonFiniteError, OutOfMemory, PeerLost, WorkerLost) as error:
             if "RANK" in os.environ:  # of torchrun, which stops all ranks when the first one ends
                 # Rank 0 tells what all meet; what one alone meets that one, not those that lose it.
@@ -41,6 +42,9 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
                 time.sleep(turn * _TURN_SECONDS)
             print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
             sys.exit(1 if isinstance(error, PeerLost | WorkerLost) else EXIT_CODE)
+        except BrokenPipeError:  # of `| head`: what is left to print has no reader
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
         except (MemoryError, OSError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
