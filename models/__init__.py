@@ -23,7 +23,7 @@ def build_model(name: str, num_classes: int = 1000, **options) -> nn.Module:
     """Build a network of `MODELS` with the options of `models.layers.NetworkOptions`.
 
     Raises:
-        UserError: an unknown name, or an option that the network cannot be built with.
+        UserError: an unknown name, or a value that the network cannot be built with.
     """
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md, taken from the page and run."""
+"""The examples of docs/extending.md and docs/faq.md, taken from the pages and run."""
 
 import re
 from importlib.util import find_spec
@@ -11,13 +11,14 @@ import models
 from scripts.experiments import spec
 from utils import binarize, optim
 
-PAGE = (ROOT / "docs" / "extending.md").read_text()
 
-
-def example(heading: str, language: str = "python") -> str:
-    """The first code block of a language below a heading of the page."""
-    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)[1]
+def example(
+    heading: str, language: str = "python", page: str = "extending", number: int = 0
+) -> str:
+    """A code block of a language below a heading of a page in docs/."""
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)[number]
 
 
 def run_in_module(code: str, module, registry: dict, name: str, monkeypatch) -> None:
@@ -64,6 +65,24 @@ def test_a_new_schedule_sets_the_rates(run_step, monkeypatch):
     run_in_module(code, optim, optim.SCHEDULES, "exponential", monkeypatch)
     result = run_step(1, schedule="exponential", epochs=2, learning_rate=0.01)
     assert "epoch 1: learning rate 1.000e-03" in result.out, result.err
+
+
+def test_a_new_optimizer_trains(run_step, monkeypatch):
+    code = example("A new optimizer or training strategy", number=1)
+    monkeypatch.setattr(torch.optim, "SignSGD", None, raising=False)
+    exec(code, dict(vars(optim)))
+    result = run_step(1, optimizer="SignSGD", weight_decay=1e-2)
+    assert result.code == 0, result.err
+
+
+def test_the_layers_make_a_network_of_ones_own(monkeypatch):
+    monkeypatch.setitem(binarize.ACTIVATION_STES, "tanh", None)
+    names = {}
+    exec(example("How do I use the layers in my own network?", page="faq"), names)
+    x = torch.randn(2, 64, 8, 8, requires_grad=True)
+    names["block"](x).sum().backward()
+    assert x.grad.any()
+    assert names["network"].eval()(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("scale", ["quick", "small"])

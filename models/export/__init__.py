@@ -10,8 +10,9 @@ from models.export.exported import ExportedNetwork
 EXPORTED = {onnx.SUFFIX: onnx.OnnxNetwork, openvino.SUFFIX: openvino.OpenVinoNetwork}
 
 
-def open_network(path: Path, **given: Any) -> LoadedNetwork | ExportedNetwork:
+def open_network(path: Path | str, **given: Any) -> LoadedNetwork | ExportedNetwork:
     """Open a checkpoint, ONNX or OpenVINO file; `given` and errors are those of `load_network`."""
+    path = Path(path)
     if path.suffix in EXPORTED:
         return EXPORTED[path.suffix](path)
     return load_network(path, **given)
