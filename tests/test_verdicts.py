@@ -123,6 +123,7 @@ def test_the_page_has_verdicts_pictures_and_tables_of_what_csvs_there_are(
         claim | {"text": "control", "ours": True, "paper": "below"},
         nearly | {"text": "equal", "ours": True},
         claim | {"text": "one seed", "minus": {"run": "C"}, "ours": True},
+        claim | {"text": "no seed", "minus": {"run": "D"}},
     ]
     experiment = replace(spec.read_experiment("table4", "quick"), claims=claims)
     monkeypatch.setattr(spec, "read_experiment", lambda name, scale: experiment)

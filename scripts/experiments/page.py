@@ -14,7 +14,7 @@ import yaml
 
 from scripts.experiments import spec, verdicts
 from scripts.experiments.plots import draw
-from scripts.experiments.table import Table, read_table
+from scripts.experiments.table import read_table
 from utils.checkpoint.files import atomic_write
 from utils.run.command_line import Parser, command, markdown_table
 from utils.run.errors import UserError
@@ -45,10 +45,10 @@ def main() -> None:
     if not measured:
         raise UserError(f"{folder} has no CSV of an experiment: copy them there")
     # Tables, then figures, then what is not of the paper.
-    names = sorted(spec.experiment_names(), key=lambda n: ("table" not in n, "fig" not in n))
+    names = sorted(measured, key=lambda n: ("table" not in n, "fig" not in n))
     found = folder / "found.yaml"
     sentences = yaml.safe_load(found.read_text()) if found.exists() else {}
-    sections = [section(name, folder, sentences) for name in names if name in measured]
+    sections = [section(name, folder, sentences) for name in names]
     page = "\n\n".join([*heading(names, folder), *sections])
     atomic_write(folder / "README.md", lambda file: file.write(f"{page}\n".encode()))
     print(folder / "README.md")
@@ -63,22 +63,24 @@ def heading(names: list[str], folder: Path) -> list[str]:
     outcomes = (verdicts.SEEN, verdicts.CONTRADICTED, verdicts.NOT_DECIDED, verdicts.NOT_RUN)
     counts = ", ".join(f"{words.count(word)} {word}" for word in outcomes)
     about = folder / "about.md"
+    tables = {
+        ("claim of the paper", "quantity", "paper (ImageNet)"): papers,
+        ("control or extension of ours", "quantity", "expected"): ours,
+    }
     return [
         "# The paper's claims, tables and figures",
         f"{len(words)} claims: {counts}. Each is a quantity with a side, formed for every seed from"
         " runs of that seed; its verdict is that of the 95 % interval of its mean over the seeds"
         " (Student's t).",
         READING,
-        markdown_table([["claim of the paper", "quantity", "paper (ImageNet)", *HEADER], *papers]),
-        markdown_table([["control or extension of ours", "quantity", "expected", *HEADER], *ours]),
+        *(markdown_table([[*header, *HEADER], *rows]) for header, rows in tables.items() if rows),
         *([about.read_text().strip()] if about.exists() else []),
     ]
 
 
 def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
     """A row for each claim of an experiment that is the paper's, or ours."""
-    table = folder / f"{name}.csv"
-    rows = read_table(table).where(source="measured") if table.exists() else Table()
+    rows = read_table(folder / f"{name}.csv").where(source="measured")
     judged = []
     for claim in spec.read_experiment(name, "quick").claims:  # the same at every scale
         if claim.get("ours", False) is not ours:
@@ -92,9 +94,8 @@ def verdict_rows(name: str, folder: Path, ours: bool) -> list[list[str]]:
         published = format(float(claim["published"]), ".3g") if "published" in claim else ""
         side = f"{claim['paper']} 0"
         side += f" ± {claim['tolerance']:g}" if "tolerance" in claim else ""
-        link = f"[{name}](#{name})" if table.exists() else name
         marks = "".join(mark for key, mark in MARKS.items() if claim.get(key))
-        text = f"{link}: {claim['text']}{marks}"
+        text = f"[{name}](#{name}): {claim['text']}{marks}"
         quantity = verdicts.quantity(claim)
         expected = f"{published} ({side})" if published else side
         word = f"**{verdict.word}**"
