@@ -79,7 +79,7 @@ def load_network(
             raise UserError(
                 f"{source} holds {name}, and its layout does not tell step 1 from step 2:"
                 " pass --binary_weights false if its weights are real (step 1), else true;"
-                " of a teacher, to scripts/convert.py --to packed, and that file as --teacher"
+                " for use as --teacher, convert a step 2 file to packed first (scripts/convert.py)"
             )
     for option, value in given.items():
         if options.get(option, value) != value:
