@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from models import MODELS, build_model
-from models.layers import ChannelScale, binary_convolutions
-from utils.binarize import is_binary
+from models.layers import ChannelScale
+from utils.binarize import has_exact_weights, is_binary
 from utils.checkpoint.checkpoint import Checkpoint, load_strictly, read_checkpoint, with_4d_kernels
 from utils.run.config import Config, checked, from_saved
 from utils.run.errors import UserError
@@ -32,8 +32,7 @@ class LoadedNetwork:
     @property
     def has_exact_weights(self) -> bool:
         """Every binary kernel is stored as exactly -1 and +1, not as latent weights."""
-        convolutions = binary_convolutions(self.model).values()
-        return bool(convolutions) and all(is_binary(conv.weight) for conv in convolutions)
+        return has_exact_weights(self.model)
 
     def __str__(self) -> str:
         weights = "latent" if self.options["binary_weights"] else "real"

@@ -205,18 +205,22 @@ def test_bfloat16_is_advised_only_where_it_is_not_emulated(
 # The installation
 
 
+def set_up(python: Path | str, venv: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-ec", f"source {ROOT}/scripts/environment.sh requirements.txt"],
+        env={**os.environ, "PYTHON": str(python), "VENV": str(venv)},
+        capture_output=True,
+        text=True,
+    )
+
+
 @pytest.mark.parametrize(
     ("version", "code"), [("3.10.13", 2), ("3.15.0", 2), ("3.11.0", 77), ("3.14.2", 77)]
 )
 def test_python_must_be_3_11_to_3_14(tmp_path, version, code):
     script = f'[ "$1" = --version ] && echo Python {version} || exit 77'  # to make the environment
     python = executable(tmp_path / "python", script)
-    result = subprocess.run(
-        ["bash", "-ec", f"source {ROOT}/scripts/environment.sh requirements.txt"],
-        env={**os.environ, "PYTHON": str(python), "VENV": str(tmp_path / "venv")},
-        capture_output=True,
-        text=True,
-    )
+    result = set_up(python, tmp_path / "venv")
     assert result.returncode == code
     if code == 2:
         assert result.stderr.startswith("error: Python 3.11 to 3.14 is needed")
@@ -224,12 +228,7 @@ def test_python_must_be_3_11_to_3_14(tmp_path, version, code):
 
 
 def test_a_python_that_is_not_there_is_named(tmp_path):
-    result = subprocess.run(
-        ["bash", "-ec", f"source {ROOT}/scripts/environment.sh requirements.txt"],
-        env={**os.environ, "PYTHON": "python9", "VENV": str(tmp_path / "venv")},
-        capture_output=True,
-        text=True,
-    )
+    result = set_up("python9", tmp_path / "venv")
     assert result.returncode == 2 and "and python9 is: " in result.stderr
 
 

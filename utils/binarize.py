@@ -311,6 +311,12 @@ def is_binary(x: Tensor) -> bool:
     return bool((x.abs() == 1).all())
 
 
+def has_exact_weights(model: nn.Module) -> bool:
+    """Whether there are binary kernels, all stored as exactly -1 and +1, not as latent weights."""
+    kernels = [m.weight for m in model.modules() if isinstance(m, BinaryConv2d)]
+    return bool(kernels) and all(map(is_binary, kernels))
+
+
 def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """-1 where x < 0, +1 elsewhere (also at 0 and -0.0), in `dtype` or that of x."""
     negative = _ones_where(torch.lt, x, 0, dtype)

@@ -32,11 +32,8 @@ def measured(folder: Path) -> str:
         parts.append(path.read_text().strip())
     if trained := sorted(folder.glob(f"training-*/{RECORDS}")):
         parts.append(table(map(training_line, trained)))
-    return (
-        "\n## Measured\n\n"
-        + "\n\n".join(parts or ["Nothing of `scripts/on_gpu.sh` has been run."])
-        + "\n"
-    )
+    parts = parts or ["Nothing of `scripts/on_gpu.sh` has been run."]
+    return "\n## Measured\n\n" + "\n\n".join(parts) + "\n"
 
 
 def training_line(records: Path) -> dict[str, str]:

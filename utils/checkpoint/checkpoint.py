@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from utils.binarize import is_binary, latent_convolutions
+from utils.binarize import has_exact_weights
 from utils.checkpoint.files import atomic_write, sha256
 from utils.checkpoint.packed import SUFFIX, read_packed
 from utils.checkpoint.seal import is_intact, seal
@@ -125,8 +125,7 @@ def load_initial_weights(model: nn.Module, path: str | None) -> str:
         return "scratch"
     checkpoint = read_checkpoint(path)
     load_strictly(model, checkpoint)
-    latent = [layer.weight for layer in latent_convolutions(model).values()]
-    if latent and all(map(is_binary, latent)):
+    if has_exact_weights(model):
         return f"{checkpoint}; warning: all latent weights are -1 or +1, where few signs ever flip"
     return str(checkpoint)
 

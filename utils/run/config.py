@@ -316,7 +316,7 @@ def from_saved(values: Any, source: Path | str) -> Config:
     if not isinstance(values, dict):
         raise UserError(f"{source} carries no configuration: it was not written by this repo")
     try:
-        return _complete(checked(values, Path.cwd()), source)
+        return _complete(checked(values, Path.cwd()), "it")
     except UserError as error:
         raise UserError(f"the configuration in {source} is another version's: {error}") from error
 
