@@ -241,8 +241,3 @@ def concatenated_conv_bn(
     y = convs[0]._conv_forward(x, torch.cat([conv.weight for conv in convs]), None)
     weight, bias = (torch.cat([getattr(n, name) for n in norms]) for name in ("weight", "bias"))
     return _batch_norm(y, norms, weight, bias)
-
-
-def binary_convolutions(model: nn.Module) -> dict[str, BinaryConv2d]:
-    """Name -> module, in the order they are defined."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, BinaryConv2d)}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from models.checkpoints import LoadedNetwork, inference_content, load_network
 from models.export import onnx, open_network, openvino
 from models.export.fold import fold_scales
-from models.layers import binary_convolutions
+from utils.binarize import binary_convolutions
 from utils.checkpoint import packed
 from utils.checkpoint.checkpoint import write_checkpoint
 from utils.checkpoint.files import check_output

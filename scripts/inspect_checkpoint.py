@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from models.checkpoints import load_network
-from models.layers import binary_convolutions
-from utils.binarize import channel_scale, is_binary
+from utils.binarize import binary_convolutions, channel_scale, is_binary
 from utils.run.command_line import Parser, command, markdown_table
 
 QUANTILES = (0.05, 0.5, 0.95)

@@ -13,8 +13,8 @@ from models import MODELS, build_model
 from models.checkpoints import load_network
 from models.export.fold import fold_scales, to_plain_convs
 from models.export.onnx import OnnxNetwork, write_onnx
-from models.layers import binary_convolutions
 from models.resnet import ReActBlock
+from utils.binarize import binary_convolutions
 from utils.checkpoint.packed import read_packed, write_packed
 from utils.metrics import pack_signs, unpack_signs
 from utils.run.errors import UserError

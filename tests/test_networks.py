@@ -10,9 +10,9 @@ from torch.optim.swa_utils import update_bn
 
 from models import MODELS, build_model
 from models.bcdnet import BinaryMLPBlock, CyclicShift
-from models.layers import NetworkOptions, binary_convolutions
+from models.layers import NetworkOptions
 from models.resnet import LearnedScale
-from utils.binarize import ACTIVATION_STES, Sign
+from utils.binarize import ACTIVATION_STES, Sign, binary_convolutions
 from utils.losses import soft_target_loss
 from utils.optim import build_optimizer
 from utils.run.errors import UserError

@@ -18,8 +18,8 @@ from models.export.openvino_selftest import (
     binary_kernels,
     compare_with_integers,
 )
-from models.layers import GlobalAvgPool, binary_convolutions
-from utils.binarize import BinaryConv2d, Sign, add_shift
+from models.layers import GlobalAvgPool
+from utils.binarize import BinaryConv2d, Sign, add_shift, binary_convolutions
 from utils.run.errors import UserError
 
 pytest.importorskip("openvino")

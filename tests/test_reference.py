@@ -6,8 +6,9 @@ from conftest import config_with, narrow
 from torch import nn
 
 from models import MODELS, build_model, reference
-from models.layers import AvgPool2x2, binary_convolutions
+from models.layers import AvgPool2x2
 from utils import binarize
+from utils.binarize import binary_convolutions
 from utils.losses import soft_target_loss
 from utils.optim import build_optimizer
 

@@ -306,6 +306,11 @@ def latent_convolutions(model: nn.Module) -> dict[str, LatentConv2d]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LatentConv2d)}
 
 
+def binary_convolutions(model: nn.Module) -> dict[str, BinaryConv2d]:
+    """Name -> module of those of them that binarize their weights."""
+    return {n: m for n, m in latent_convolutions(model).items() if isinstance(m, BinaryConv2d)}
+
+
 def is_binary(x: Tensor) -> bool:
     """Whether every value is exactly -1 or +1."""
     return bool((x.abs() == 1).all())
@@ -313,8 +318,8 @@ def is_binary(x: Tensor) -> bool:
 
 def has_exact_weights(model: nn.Module) -> bool:
     """Whether there are binary kernels, all stored as exactly -1 and +1, not as latent weights."""
-    kernels = [m.weight for m in model.modules() if isinstance(m, BinaryConv2d)]
-    return bool(kernels) and all(map(is_binary, kernels))
+    convolutions = binary_convolutions(model).values()
+    return bool(convolutions) and all(is_binary(conv.weight) for conv in convolutions)
 
 
 def _sign(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

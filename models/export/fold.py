@@ -14,9 +14,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from models.layers import ChannelScale, binary_convolutions
+from models.layers import ChannelScale
 from models.resnet import LearnedScale
-from utils.binarize import BinaryConv2d, binarize_weight, channel_scale
+from utils.binarize import BinaryConv2d, binarize_weight, binary_convolutions, channel_scale
 from utils.run.errors import UserError
 
 
